@@ -11,6 +11,7 @@ with `--split development` on development text. What is stopped goes on where it
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from typing import Any
@@ -101,6 +102,11 @@ class _Bench:
         ids = self._ids[: options.ranked]
         return sorted(order.value("order", lambda: rank(self._dense, ids, self._note))[:blocks])
 
+    def _about(self, blocks: int) -> str:
+        """All that fitted and trained weights depend on, but how they are trained."""
+        fits = {name: getattr(self._options, name) for name in _ABOUT if name not in ("judged", "split")}
+        return json.dumps({"commit": commit(), "which": self._which(blocks)} | fits)
+
     def row(self, key: dict[str, Any]) -> dict[str, Any]:
         """What training did, and the loss of each judged sequence, nats a token."""
         if key["what"] == "dense":
@@ -112,8 +118,9 @@ class _Bench:
                 prefill_steps=options.steps, learning_rate=options.learning_rate, batch=options.batch,
                 sequences=options.fitted, length=options.length, seed=options.seed,
             )  # fmt: skip
-            place = PLACE / f"trained-{blocks}-{options.steps}-{options.learning_rate:g}-{options.batch}.safetensors"
-            about = f"{commit()}, {[getattr(options, name) for name in _ABOUT if name not in ('judged', 'split')]}"
+            about = self._about(blocks)
+            training = f"{options.steps}-{options.learning_rate:g}-{options.batch}"
+            place = PLACE / f"trained-{blocks}-{training}-{_digest(about)}.safetensors"
             done = place.with_suffix(".blocks")
             reports = RowLog(place.with_suffix(".jsonl"), about)
             if not (done.exists() and reports.rows):
@@ -130,7 +137,7 @@ class _Bench:
     def _refitted(self, blocks: int) -> StagePair:
         options, which, dense = self._options, self._which(blocks), self._dense
         ids = self._ids[: options.refitted]
-        file = PLACE / f"refitted-{blocks}-{options.ranked}-{len(ids)}x{ids.shape[1]}-{options.seed}.safetensors"
+        file = PLACE / f"refitted-{blocks}-{_digest(self._about(blocks))}.safetensors"
         if not file.exists():
             pair = fit_kv_only(dense, which, ids, self._note)
             pair = fit(get_compensation("least-squares").compensate(pair, "prefill", ids, self._note), ids, self._note)
@@ -148,6 +155,10 @@ class _Bench:
             losses[f"{name}_nll"] = [round(nll, 6) for nll in torch.cat(parts).tolist()]
             self._note(f"judged on {name}")
         return losses
+
+
+def _digest(about: str) -> str:
+    return hashlib.sha256(about.encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def main() -> None:
             assert bench is not None
             log.append(bench.row(seed, racing=racing))
     rows = sorted(log.rows, key=lambda row: ([*MODELS].index(row["model"]), row["seed"], not row["racing"]))
-    options.models, options.seeds = [*MODELS], sorted({row["seed"] for row in rows})
+    options.models = [*dict.fromkeys(row["model"] for row in rows)]
+    options.seeds = sorted({row["seed"] for row in rows})
     print(write("racing", options, rows))
 
 

@@ -46,7 +46,7 @@ def check_numerics(
     """
     rounded = dtype == "bfloat16"
     tokenizer = load_tokenizer(stage.path)
-    large = graph.with_name(graph.name + ".data").exists()
+    large = is_large(graph)
     model = _reference(stage, dtype if rounded else None, large=large)
     engine = OnnxStage(widened(graph) if rounded else graph, threads=threads, mapped=large)
     measured, tokens = _Errors(), 0
@@ -73,6 +73,11 @@ def check_numerics(
                 f"({measured.absolute[name]:.2g} absolute), tolerance {tolerance:g}; do not serve this graph"
             )
     return result
+
+
+def is_large(graph: Path) -> bool:
+    """Whether its weights have a file of their own: it is then checked block by block, and not optimised."""
+    return graph.with_name(graph.name + ".data").exists()
 
 
 def _reference(stage: StageModel, rounded: str | None, *, large: bool) -> Any:

@@ -12,14 +12,15 @@ _FLOAT = 4
 EXTERNAL = 2e9  # bytes of weights from which on a graph has them in a file of their own (`graph.build`)
 
 
-def engine_memory(section: Target, sizes: ModelSizes, dtype: NativeDtype) -> float:
-    """Bytes at most, of a stage that loses nothing and is served in `dtype`.
+def engine_memory(section: Target, sizes: ModelSizes, dtype: NativeDtype, lost: int = 0) -> float:
+    """Bytes at most, of a stage that is served in `dtype` and loses no more than `lost` blocks.
 
     A process that holds all weights has them three times, in float32. A large graph for onnxruntime is written tensor
-    by tensor, and checked against a model of which a block is there at a time.
+    by tensor, and checked against a model of which a block is there at a time; whether it is large, the stage decides.
     """
     native = isinstance(section, OnnxTarget) and section.weights == "native"
-    if native and sizes.total * ITEM_BYTES[getattr(section, "dtype", None) or dtype] > EXTERNAL:
+    least = sizes.total - lost * sizes.block
+    if native and least * ITEM_BYTES[getattr(section, "dtype", None) or dtype] > EXTERNAL:
         return graph_memory(sizes)
     return PROGRAM + 3.0 * _FLOAT * sizes.total
 

@@ -12,8 +12,8 @@ from pdtrim_deploy.models.footprint import Peak, can_stream, choose_limits, gb
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes
 from pdtrim_deploy.pipeline.step_cost import StepCost
-from pdtrim_deploy.pipeline.step_costs import step_costs
-from pdtrim_deploy.pipeline.training_costs import holds_model
+from pdtrim_deploy.pipeline.step_costs import limited_recipe, step_costs
+from pdtrim_deploy.pipeline.training_costs import holds_model, training_costs
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv_cost import STATES
 
@@ -38,7 +38,8 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
         return highest(step_costs(recipe, config, limited, workers or 0))
 
     def refused(least: Peak) -> str:
-        costs = step_costs(recipe, config, compute.with_blocks(1) if streams else compute, workers or 0)
+        tightest = compute.with_blocks(1) if streams else compute
+        costs = step_costs(recipe, config, tightest, workers or 0)
         host = max(costs, key=lambda name: costs[name].peak.host)
         device = max(costs, key=lambda name: costs[name].peak.device)
         parts = [f"{gb(least.host)} of host memory (step {host})"] if _short(least.host, compute.host_bytes) else []
@@ -46,26 +47,30 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
             parts.append(f"{gb(least.device)} of device memory (step {device})")
         short = {host} if _short(least.host, compute.host_bytes) else set()
         short |= {device} if _short(least.device, compute.device_bytes) else set()
+        trains = bool(short & {"heal", "heal-kv"})
+        fitted = fit_bytes(limited_recipe(recipe, tightest), sizes)
+        trained = training_costs(recipe, config, streams=True)
+        fits = "heal" in short and fitted > max((training.memory for training in trained), default=0.0)
         why, instead = "", "give more"
-        if not readable:
+        if engines := sorted(name for name in short if name.startswith(f"{ENGINES}/")):
+            why = f", as the builder of {engines[0]} holds its weights"
+            instead = "give more, or leave that target out and build it on a larger machine"
+        elif not readable:
             why = f", as blocks of {config['architectures'][0]} cannot be read as they run"
         elif speaks:
             why = f", as calibration.continuations {recipe.calibration.continuations} holds the whole model"
             instead = "give more, or set calibration.continuations to text"
-        elif workers and host == "prune":
+        elif workers and host == "prune" and host in short:
             why, instead = f", with {workers} of Ray's workers", "give more, or fewer workers"
-        elif holds_model(recipe, sizes):
+        elif trains and holds_model(recipe, sizes):
             why, instead = ", as training by gradients holds the whole model", "give more, or leave healing's steps out"
             if recipe.healing.method == "full" and not sizes.has_experts:
                 instead = "give more, or set healing.method to lora, which streams it"
-        elif "heal" in short and recipe.healing.compensation == "least-squares":
-            why = f", as least squares over {sizes.inner} features take {gb(fit_bytes(recipe, sizes))}"
+        elif fits and recipe.healing.compensation == "least-squares":
+            why = f", as least squares over {sizes.inner} features take {gb(fitted)}"
             instead = "give more, or set healing.compensation to norm, or lower healing.sequences"
-        elif short & {"heal", "heal-kv"} and recipe.healing.gradient_steps:
+        elif trains and recipe.healing.gradient_steps:
             instead = "give more, or lower healing.batch or healing.length"
-        elif engines := sorted(name for name in short if name.startswith(f"{ENGINES}/")):
-            why = f", as the builder of {engines[0]} holds its weights"
-            instead = "give more, or leave that target out and build it on a larger machine"
         return f"recipe {recipe.name} needs at least {' and '.join(parts)}{why}, and {_allowed(compute)}; {instead}"
 
     limited = choose_limits(compute, blocks, states, needs, refused, streams)

@@ -32,7 +32,7 @@ from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.step_costs import limited_recipe, step_costs
-from pdtrim_deploy.pipeline.texts import check_files, check_texts
+from pdtrim_deploy.pipeline.texts import check_file, check_texts
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
@@ -99,7 +99,9 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
 
     """
     refuse_strangers(out)
-    check_files(recipe, cache)
+    for part in recipe.calibration.shares:
+        with suppress(_NotCached):  # Parquet is read when it is built
+            check_file(part.corpus, _Peek(cache.root))
     prompt_tokens = recipe.evaluation.prompt_tokens
     try:
         checkpoint = resolve(recipe.model.source, _Peek(cache.root))

@@ -87,7 +87,8 @@ class _Costs:
             costs[stage] = StepCost(peak, size, written=size)
         for target, section in recipe.targets.requested.items():
             for stage in STAGES:  # in a process of its own
-                peak = Peak.of(self.compute, 0.0, engine_memory(section, self.sizes, recipe.model.dtype))
+                lost = recipe.pruning.decode_blocks  # prefill loses no more
+                peak = Peak.of(self.compute, 0.0, engine_memory(section, self.sizes, recipe.model.dtype, lost))
                 costs[engine_folder(target, stage)] = StepCost(peak, self.sizes.total * 4.0)
         files = sum(cost.disk for name, cost in costs.items() if cost.written or name.startswith(f"{ENGINES}/"))
         costs["seal"] = StepCost(Peak.of(self.compute, 0.0), hashed=files)
@@ -130,20 +131,24 @@ class _Costs:
         recipe, sizes, healing = self.recipe, self.sizes, self.recipe.healing
         fits = healing.compensation != "none" or healing.kv_only_blocks or recipe.pruning.distil
         states = 3 * healing.sequences * healing.length * sizes.hidden * self.item if fits else 0
-        alone = healing.kv_only_blocks * sizes.hidden * (sizes.hidden + sizes.inner) * self.item  # zeros
+        alone = sizes.kv + sizes.hidden * (sizes.hidden + sizes.inner)  # K and V, and zeros
+        kept = healing.kv_only_blocks * alone * self.item
+        maps = sizes.blocks * sizes.inner * sizes.hidden * self.item
+        maps = maps if healing.compensation == "least-squares" else 0
+        ranked = 0
         if healing.kv_only_blocks:  # a batch's states without each candidate (`pruning.kv_only.rank`)
-            alone += sizes.blocks * min(_RANKED, healing.sequences) * healing.length * sizes.hidden * self.item
+            ranked = sizes.blocks * min(_RANKED, healing.sequences) * healing.length * sizes.hidden * self.item
         student = 16 * sizes.block if recipe.students.steps else 0
         running = self._running(min(8, healing.sequences), healing.length)
         disk = search.disk if (search := self._searched()) and recipe.pruning.distil else 0.0
-        fitting = fit_bytes(recipe, sizes) + states + alone + student + running
+        fitting = fit_bytes(recipe, sizes) + states + kept + ranked + student + running
         trainings = training_costs(recipe, self.config, streams=self._trains_streamed)
-        return self._trained(trainings, 0.0, fitting, disk, heal_flops(recipe, sizes))
+        return self._trained(trainings, kept + maps, fitting, disk, heal_flops(recipe, sizes))
 
     def _trained(
         self, trainings: list[TrainingCost], changed: float, fitting: float = 0.0, disk: float = 0.0, flops: float = 0.0
     ) -> StepCost:
-        """A step that fits, then trains one stage after the other, beside `changed` bytes of earlier steps' weights."""
+        """A step that fits, then trains one stage after the other, beside `changed` bytes of changed weights."""
         peaks, files, saved = [fitting], [disk], 0.0
         for training in trainings:
             peaks.append(changed + training.memory)
@@ -155,7 +160,8 @@ class _Costs:
             self._weights(whole=bool(trainings) and not self._trains_streamed) + max(peaks),
             disk=max(files),
             flops=flops,
-            reads=self._passes(4.0 * self.sizes.blocks + sum(t.block_reads for t in trainings) * self._missing),
+            reads=self._passes(4.0 * self.sizes.blocks + sum(t.block_reads for t in trainings) * self._missing)
+            + sum(t.mapped_reads for t in trainings),
         )
         return replace(step, trainings=tuple(trainings), minutes=self.recipe.healing.minutes)
 

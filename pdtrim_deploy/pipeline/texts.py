@@ -43,13 +43,12 @@ def judged(context: Context) -> Tensor:
     return fitted(context)[-context.recipe.healing.judged :]
 
 
-def check_files(recipe: Recipe, cache: Cache) -> None:
-    """Refuse, with UserError, calibration text of the user's own files that cannot be read or divided."""
+def check_file(corpus: str, cache: Cache) -> None:
+    """Refuse, with UserError, calibration text of a user's own file that cannot be read or divided."""
     from pdtrim_deploy.evaluation import corpora
 
-    for part in recipe.calibration.shares:
-        if part.corpus.partition(":")[0] in corpora.OF_FILES:
-            corpora.load(part.corpus, cache).split("calibration")
+    if corpus.partition(":")[0] in corpora.OF_FILES:
+        corpora.load(corpus, cache).split("calibration")
 
 
 def check_texts(context: Context, done: Collection[str] = ()) -> None:

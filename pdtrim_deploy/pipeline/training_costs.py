@@ -28,6 +28,7 @@ class TrainingCost:
         files: bytes of what is saved to go on from; twice while it is replaced.
         block_reads: blocks read from the checkpoint, where they come and go.
         mapped: bytes of files that trained weights lie in until the step ends, where they are not `left` in memory.
+        mapped_reads: bytes read from such files of a stage that was trained before.
 
     """
 
@@ -37,6 +38,7 @@ class TrainingCost:
     files: float
     block_reads: float = 0.0
     mapped: float = 0.0
+    mapped_reads: float = 0.0
 
     def seconds(self, speed: float, minutes: float | None) -> float:
         """At `speed` operations a second, within the recipe's `minutes`."""
@@ -61,14 +63,15 @@ def training_costs(
     healing, pruning, blocks = recipe.healing, recipe.pruning, config["num_hidden_layers"]
     before, after = blocks - pruning.prefill_blocks, blocks - pruning.decode_blocks
     half, alone = healing.length // 2, healing.kv_only_blocks
+    healed = _changed(ModelSizes.of(config), before, alone) if healing.prefill_steps else 0
     if behind_kv:
-        stages = [_Stage(healing.kv_steps, after, (recipe.kv.prompt_tokens, half))]
+        stages = [_Stage(healing.kv_steps, after, (recipe.kv.prompt_tokens, half), healed=healed)]
     else:
         halves = (half, healing.length - half)
         text, reader = (halves, after) if alone else ((0, healing.length), 0)
         stages = [
             _Stage(healing.prefill_steps, before, text, alone, reader),
-            _Stage(healing.decode_steps, after, halves),
+            _Stage(healing.decode_steps, after, halves, healed=healed),
         ]
     item = ITEM_BYTES[recipe.model.measured_in]
     return [_cost(healing, config, item, stage, streams) for stage in stages if stage.steps]
@@ -83,6 +86,7 @@ class _Stage:
         text: tokens of a prompt, and behind it.
         alone: of its blocks, those that run for their K and V alone.
         reader: blocks of decode through which gradients come to such a stage; 0 for others.
+        healed: trained weights of the prefill that makes its prompt KV.
 
     """
 
@@ -91,6 +95,7 @@ class _Stage:
     text: tuple[int, int]
     alone: int = 0
     reader: int = 0
+    healed: int = 0
 
 
 def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: _Stage, streams: bool) -> TrainingCost:
@@ -105,7 +110,7 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     trained += (prompts * blocks + tokens * reader if reader else tokens * blocks) if recomputes else 0
     flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + trained)
     query, inner = heads * head, min(sizes.inner, 8 * sizes.expert_width)
-    weights = (sizes.block - sizes.kv) * blocks + sizes.kv * stage.alone  # what K and V are made with is frozen
+    weights = _changed(sizes, stage.blocks, stage.alone)
     added = _additions(healing.lora_rank, sizes, query) * stage.blocks
     changed = added if healing.method == "lora" else weights
     # itself, its gradient and two means; a copy in 16 bits and its gradient, or where an addition began
@@ -131,7 +136,13 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
         files=float(_SAVED * changed),
         block_reads=float(reads),
         mapped=float(item * weights) if streams else 0.0,
+        mapped_reads=float(item * stage.healed * (steps + trials)) if streams else 0.0,
     )
+
+
+def _changed(sizes: ModelSizes, blocks: int, alone: int) -> int:
+    """Weights that are trained: what K and V are made with is frozen, but in blocks that are `alone` for these."""
+    return (sizes.block - sizes.kv) * (blocks - alone) + sizes.kv * alone
 
 
 def _additions(rank: int, sizes: ModelSizes, query: int) -> int:

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora import load, parquet
+from pdtrim_deploy.evaluation.evals_environment import python
 
 REPO = Path(__file__).resolve().parents[2]
 EVALS = REPO / ".venv" / "evals" / "bin" / "python"
@@ -31,7 +33,7 @@ def written(rows, path):
 
 
 @reads
-def test_rows_are_read_as_lines_are(tmp_path, cache):
+def test_rows_are_read_as_lines_are(tmp_path, cache, monkeypatch):
     file, lines = written(ROWS, tmp_path / "data.parquet"), tmp_path / "data.jsonl"
     kept = [{name: value for name, value in row.items() if value} for row in ROWS]
     lines.write_text("".join((json.dumps(row) if row else "") + "\n" for row in kept))
@@ -39,7 +41,19 @@ def test_rows_are_read_as_lines_are(tmp_path, cache):
     assert len(rows) == 4
     assert [(d.text, d.messages, d.group) for d in rows] == [(d.text, d.messages, d.group) for d in known]
     assert rows[1].id == "data.parquet#000002"
+    monkeypatch.setattr(parquet, "python", lambda: Path(sys.executable))  # it has no pyarrow
     assert load(f"parquet:{file}", cache).documents == rows  # from the cache
+    file.write_bytes(file.read_bytes() + b"PAR1")
+    with pytest.raises(UserError, match=r"ended with exit code 1 \(ModuleNotFoundError.*give the file as jsonl"):
+        load(f"parquet:{file}", cache)
+
+
+@reads
+def test_reading_that_takes_too_long_is_ended(tmp_path, cache, monkeypatch):
+    file = written(ROWS, tmp_path / "data.parquet")
+    monkeypatch.setattr(parquet, "_SECONDS", 0.01)
+    with pytest.raises(UserError, match=r"data.parquet: not read within 0.01 s; divide it into smaller files"):
+        load(f"parquet:{file}", cache)
 
 
 @reads
@@ -71,7 +85,7 @@ def test_a_file_that_is_no_parquet_is_one_sentence(tmp_path, cache):
 def test_without_a_reader_it_says_how_to_convert(tmp_path, cache, monkeypatch):
     file = tmp_path / "data.parquet"
     file.write_bytes(b"PAR1")
-    monkeypatch.setattr(parquet, "REPO", tmp_path)
+    monkeypatch.setattr(parquet, "python", lambda: python(tmp_path))  # no clone
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"run: make setup-evals, or give it as jsonl:, .*to_json\('data.jsonl'"):
+    with pytest.raises(UserError, match=r"python3 -m venv .*; make it, or give the file as jsonl:, .*'data.jsonl'"):
         load(f"parquet:{file}", cache)

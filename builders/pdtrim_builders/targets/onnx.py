@@ -9,7 +9,7 @@ from typing import Literal
 from pdtrim_builders.base import GraphOptions, Options, Target, TargetResult
 from pdtrim_builders.graph.build import EXTERNAL_ABOVE, build_graph
 from pdtrim_builders.graph.stage import StageModel, read_stage
-from pdtrim_builders.numerics import TOLERANCES, check_numerics
+from pdtrim_builders.numerics import TOLERANCES, check_numerics, is_large
 from pdtrim_deploy.errors import UserError
 
 GRAPH = "model.onnx"
@@ -54,6 +54,8 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
     limits = [] if dtype == "float32" else ["executor onnxruntime runs float32 graphs: this one is for other engines"]
     if options.weights == "int8":
         limits.append("int8 weights change logprobs by more than the fidelity check accepts")
+    if is_large(out_dir / GRAPH):
+        limits.append("it was checked as written, without onnxruntime's optimisations")
     return TargetResult(
         target=TARGET.name,
         stage=stage.stage,
