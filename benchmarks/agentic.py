@@ -1,6 +1,7 @@
 """Conversations of agents with decode's radix cache and without it -> results/agentic.json. `make bench-agentic`.
 
-As `bench-conversation`, with the first turns of scenarios/agentic.yaml, and Qwen2.5-Coder-0.5B. Both pairs are up at once: 16 GB of memory, and ten minutes on two quiet cores a conversation.
+As `bench-conversation`, with the first turns of scenarios/agentic.yaml, and Qwen2.5-Coder-0.5B. Both pairs are up at
+once: 16 GB of memory, and more than half an hour on two quiet cores a conversation.
 """
 
 from __future__ import annotations

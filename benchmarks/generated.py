@@ -36,8 +36,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "budget 4.95x": {"method": "budget", "reduction": 9.9, "prompt_tokens": ASKED_AT},
     "budget 8x": {"method": "budget", "reduction": 16.0, "prompt_tokens": ASKED_AT},
 }
-"""`kv` of each plan's recipe; key offsets are subtracted unless it says no. Reductions are of the recipe's float32 pool,
-twice those of a bfloat16 one."""
+"""`kv` of each plan's recipe; key offsets are subtracted unless it says no. Reductions are of the recipe's float32
+pool, twice those of a bfloat16 one."""
 QUESTIONS = ("humaneval", "gsm8k", "instructions")
 PLACE, ROOT = HERE.parent / "out" / "bench-generated", HERE.parent
 REQUESTS, POOL_TOKENS = 16, 24_576
