@@ -80,9 +80,9 @@ class HealingSection(Section):
         kv_steps: steps of the same for decode, after KV is chosen, on prompt KV as it will arrive.
         minutes: time limit for each of these three, over all interruptions; a run that it ends is not repeatable to the
             bit.
-        method: `full` trains all weights that K and V are not made with, and in KV-only blocks these; `lora` trains additions of rank `lora_rank`
-            to the matrices among them, which are merged in the end: less memory (and blocks may come and go while it
-            trains), and less is learnt.
+        method: `full` trains all weights that K and V are not made with, and in KV-only blocks these; `lora` trains
+            additions of rank `lora_rank` to the matrices among them, which are merged in the end: less memory (and
+            blocks may come and go while it trains), and less is learnt.
         regression: share of the steps, and of the minutes, that fits hidden states, layer by layer; the rest is for
             logits. 0: logits alone.
         learning_rate: multiplied by each factor of `sweep` in a short run (a twentieth of the steps, and of the
