@@ -12,11 +12,11 @@ HYBRID = USUAL.model_copy(update={"states": STATES})
 
 
 def test_float32_is_refused_on_a_gpu_and_every_dtype_on_a_cpu():
-    with pytest.raises(UserError, match="not compute in float32 on a GPU: build with model.dtype bfloat16 or float16"):
+    with pytest.raises(UserError, match=r"not compute in float32 on a GPU: build with model.dtype bfloat16 or float16"):
         require_linear_attention(HYBRID, "float32")
     for dtype in ("bfloat16", "float16"):
         require_linear_attention(HYBRID, dtype)
-        with pytest.raises(UserError, match="X has linear attention, .*serve this bundle on GPUs"):
+        with pytest.raises(UserError, match=r"X has linear attention, .*serve this bundle on GPUs"):
             require_linear_attention(HYBRID, dtype, "cpu")
 
 
