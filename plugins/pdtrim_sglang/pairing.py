@@ -64,7 +64,7 @@ class RoomInfo:
 def unlike_ranks(prefill_tp: int, decode_tp: int) -> str:
     """Why ranks of these attention TP sizes cannot be paired, in one sentence; empty when they can."""
     reason = unpairable(prefill_tp, decode_tp)
-    return reason and (f"{reason}: choose {_ATTENTION_RANKS} of one worker as a multiple of the other's")
+    return reason and f"{reason}: choose {_ATTENTION_RANKS} of one worker as a multiple of the other's"
 
 
 def unlike_draft_ranks(prefill_tp: int, decode_tp: int) -> str:

@@ -353,9 +353,7 @@ def test_another_pool_than_the_plans_is_refused():
 
 def test_states_are_sent_between_equal_numbers_of_ranks_and_hold_up_no_layers():
     assert unlike_state_ranks(2, 2) == ""
-    sentence = (
-        "equal numbers alone: start both workers with one --tp-size (with DP attention divided by --attn-dp-size)"
-    )
+    sentence = "numbers alone: start both workers with one --tp-size (with DP attention divided by --attn-dp-size)"
     assert sentence in unlike_state_ranks(2, 1)
     assert "states leave behind all rows" in layers_unheard(SimpleNamespace(), SimpleNamespace(), PLAN)
 

@@ -78,7 +78,7 @@ def test_states_of_linear_attention_need_equal_ranks_that_divide_their_heads():
     require_ranks(hybrid(), 4, 4)
     with pytest.raises(UserError, match=r"--tp-prefill 4 --tp-decode 2: .*between equal numbers of ranks alone"):
         require_ranks(hybrid(), 4, 2)
-    with pytest.raises(UserError, match="4 key heads and 8 value heads cannot be divided among 8"):
+    with pytest.raises(UserError, match="--tp-decode 8: 4 key heads and 8 value heads cannot be divided among 8"):
         require_ranks(hybrid(), 8, 8)
 
 

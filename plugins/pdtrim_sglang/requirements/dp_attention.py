@@ -30,6 +30,5 @@ def check_dp_attention(runner: Any) -> None:
     if not attentions or any(attention.tp_q_head_num != heads for attention in attentions):
         raise RuntimeError(
             f"pdtrim: attention of SGLang 0.5.23's {type(runner.model).__name__} sums over ranks that have other "
-            "requests, so text would be wrong with DP attention: start without --attn-dp-size (or "
-            "--enable-dp-attention)"
+            "requests, so text would be wrong with DP attention: start without --attn-dp-size or --enable-dp-attention"
         )
