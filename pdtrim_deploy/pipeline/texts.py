@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 
 if TYPE_CHECKING:

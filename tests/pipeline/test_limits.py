@@ -130,7 +130,7 @@ def test_of_two_causes_that_of_the_step_which_does_not_fit_is_named() -> None:
 
 
 def test_a_graph_is_priced_as_its_smallest_stage_is_built() -> None:
-    recipe, config = recipe_and_config("llama-3.1-8b-balanced")
+    config = recipe_and_config("llama-3.1-8b-balanced")[1]
     sizes, section = ModelSizes.of(config | {"tie_word_embeddings": True}), OnnxTarget(dtype="float16")
     least = next(lost for lost in range(sizes.blocks) if 2 * (sizes.total - lost * sizes.block) <= EXTERNAL)
     prices = [engine_memory(section, sizes, "bfloat16", lost) for lost in (0, least - 1, least)]
