@@ -53,9 +53,9 @@ class PruningSection(Section):
         memory_mb: limit of hidden states in memory while `anneal` or `greedy` searches; disk_mb: limit of further ones
             in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time; others are read from the checkpoint when they
-            run. The result is the same. All blocks when left out. The whole model is still held by
-            `healing.method: full`, LoRA of stacked experts, and the builders of engines, but those of large graphs for
-            onnxruntime; `calibration.continuations` are refused with it.
+            run. The result is the same. All blocks when left out. The whole model is still held by `healing.method:
+            full`, LoRA of stacked experts, and the builders of engines, but those of large graphs for onnxruntime;
+            `calibration.continuations` are refused with it.
         experts: experts that the remaining blocks keep; all when left out.
 
     """

@@ -50,7 +50,7 @@ def test_rows_are_read_as_lines_are(tmp_path, cache, monkeypatch):
 
 @reads
 def test_reading_that_takes_too_long_is_ended(tmp_path, cache, monkeypatch):
-    file = written(ROWS, tmp_path / "data.parquet")
+    file = written(ROWS[1:], tmp_path / "data.parquet")  # no other test's, which the cache has
     monkeypatch.setattr(parquet, "_SECONDS", 0.01)
     with pytest.raises(UserError, match=r"data.parquet: not read within 0.01 s; divide it into smaller files"):
         load(f"parquet:{file}", cache)

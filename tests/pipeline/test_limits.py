@@ -130,7 +130,7 @@ def test_of_two_causes_that_of_the_step_which_does_not_fit_is_named() -> None:
 
 
 def test_a_graph_is_priced_as_its_smallest_stage_is_built() -> None:
-    _, config = recipe_and_config("llama-3.1-8b-balanced")
+    config = recipe_and_config("llama-3.1-8b-balanced")[1]
     sizes, section = ModelSizes.of(config | {"tie_word_embeddings": True}), OnnxTarget(dtype="float16")
     least = next(lost for lost in range(sizes.blocks) if 2 * (sizes.total - lost * sizes.block) <= EXTERNAL)
     prices = [engine_memory(section, sizes, "bfloat16", lost) for lost in (0, least - 1, least)]
@@ -208,12 +208,12 @@ def test_what_was_fitted_or_healed_before_is_priced_in_training() -> None:
     def cost(**healing: object) -> StepCost:
         return step_costs(recipe.changed("test", "healing", **healing), config, gpu)["heal"]
 
-    behind, first = cost(), cost(prefill_steps=0)
-    alone = cost(decode_steps=0)
+    both, decode = cost(), cost(prefill_steps=0)
+    prefill = cost(decode_steps=0)
     runs = recipe.healing.decode_steps * 1.15  # three rates, a twentieth of the steps each
     trained = 2 * (sizes.block - sizes.kv) * (sizes.blocks - recipe.pruning.prefill_blocks)
     shared = 4 * sizes.blocks * block_bytes(config)  # passes of the step, whatever is trained
-    assert behind.reads - first.reads - alone.reads + shared == pytest.approx(runs * trained, rel=0.01)
+    assert both.reads - decode.reads - prefill.reads + shared == pytest.approx(runs * trained, rel=0.01)
     at_length = {"length": 2048, "batch": 64, "sequences": 64, "prefill_steps": 0}  # the training is the peak
     refitted = cost(**at_length, compensation="least-squares").peak.device - cost(**at_length).peak.device
     assert refitted == pytest.approx(2 * sizes.blocks * sizes.inner * sizes.hidden)
