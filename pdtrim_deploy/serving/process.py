@@ -67,7 +67,8 @@ class ServerProcess:
         )
         text = log_tail(self.log)
         reasons = REASON.findall(text)
-        why = f": {reasons[-1].strip()}" if reasons else ""
+        named = [reason for reason in reasons if "pdtrim: " in reason] or reasons  # other processes end because of it
+        why = f": {named[-1].strip()}" if named else ""
         last = "\n".join(f"  | {line}" for line in text.splitlines()[-lines:])
         return f"{self.name} {how}{why}\nlast lines of {self.log}:\n{last}"
 

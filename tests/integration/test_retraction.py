@@ -25,7 +25,7 @@ def short_pair(serving, tiny_bundle, request):
         yield pair
 
 
-def answer(pair, prompt, priority=0, tokens=70):
+def answer(pair, prompt, priority=0, tokens=120):
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "priority": priority}
     reply = httpx.post(f"{pair.url}/generate", json=body, timeout=300)

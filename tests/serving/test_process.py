@@ -75,6 +75,16 @@ def test_the_obituary_says_which_how_why_and_where(start):
     assert rest[-1] == "  | ValueError: no such layer: 7"
 
 
+def test_the_obituary_prefers_a_reason_of_ours_to_errors_behind_it(start):
+    process = start("dies", output="ValueError")
+    until(lambda: process.exit_code() is not None, "its end")
+    with process.log.open("a") as log:
+        log.write("RuntimeError: pdtrim: it cannot be so: start otherwise\nEOFError\n")
+    assert process.obituary().startswith(
+        "dies ended with exit code 1: RuntimeError: pdtrim: it cannot be so: start other"
+    )
+
+
 def test_the_obituary_names_the_signal(start):
     process = start("polite")
     os.kill(process.pid, signal.SIGKILL)

@@ -43,7 +43,7 @@ def test_rows_and_their_table(modules):
     text = tables.quality({"rows": [prose, hellaswag], "options": {"prompt": 448, "continuation": 128}}
                           | {"environment": ENVIRONMENT})  # fmt: skip
     assert (
-        "| Qwen2.5-Coder-0.5B (Q4_K_M) | HellaSwag, acc_norm | uniform k4v3 | 4.2x | 4 | 75.0% | 50.0% | 0.667" in text
+        "| Qwen2.5-Coder-0.5B (Q4_K_M) | HellaSwag, acc_norm | uniform k4v3 | 4.24x | 4 | 75.0% | 50.0% | 0.667" in text
     )
     assert "(tie) | abc, A |" in text.splitlines()[3]
     assert "| 3 | 20.09 | 22.42 | 1.116 ± 0.006 | abc, A |" in text

@@ -186,7 +186,7 @@ def test_what_training_leaves_of_kv_only_blocks(tool):
     """Rises over dense of both corpora, and the trained pair over the fitted one, paired by sequence."""
     losses = {"dense": 3.0, "least squares": 3.05, "trained": 3.02}
     rows = [
-        {"what": what, "blocks": 8, "training": {"batch": 4}, "report": {"steps": 10, "kept": True}}
+        {"what": what, "blocks": 8, "training": {"batch": 4}, "report": {"steps": 10, "kept": True, "sequences": 8}}
         | {f"{corpus}_nll": [loss, loss + 0.1] for corpus in ("brown", "austen")}
         for what, loss in losses.items()
     ]
@@ -194,6 +194,7 @@ def test_what_training_leaves_of_kv_only_blocks(tool):
     text = tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
     rises, ratio = "5.1% ± 0.0% / 5.1% ± 0.0% | 2.0% ± 0.0% / 2.0% ± 0.0%", "0.970 ± 0.000 / 0.970 ± 0.000"
     assert f"| 8 | {rises} | {ratio} | 10, 10,240 |" in text
+    assert "training on 56;" in text  # what was held out judges
     text = tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": options, "rows": rows[:2]})
     assert "| 8 | 5.1% ± 0.0% / 5.1% ± 0.0% |  |  |  |" in text
 
