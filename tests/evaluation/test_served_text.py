@@ -150,6 +150,10 @@ def test_long_requests_give_what_they_have_left_once_all_had_a_turn(tokenizer):
     texts = [tokenizer.decode(row) for row in sequences(documents, tokenizer, 6, 40)]
     assert sorted(texts[:3]) == [f"{n}" * 40 for n in range(3)]
     assert sorted(texts[3:]) == [f"{n}" * 40 for n in range(3)]
+    longer = [Document(d.id, d.text * 3, line=d.line) for d in documents]
+    texts = [tokenizer.decode(row) for row in sequences(longer, tokenizer, 12, 40)]
+    for round_of_all in (texts[start : start + 3] for start in range(0, 12, 3)):  # none gives two before all gave one
+        assert sorted(round_of_all) == [f"{n}" * 40 for n in range(3)]
 
 
 def test_prompts_end_where_the_model_is_to_go_on(tokenizer):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pdtrim_deploy.models import FAMILIES, resolve
-from pdtrim_deploy.models.families import LATENT, WINDOWED
+from pdtrim_deploy.models.families import LATENT, STATEFUL, WINDOWED
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.surgery import keep_blocks, write_stage
 from pdtrim_deploy.serving import ServeEnvironment
@@ -49,15 +49,15 @@ save_file(logits, sys.argv[1])
 """
 
 
-def logits(model):
-    ids = torch.randint(512, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+def logits(model, tokens=TOKENS):
+    ids = torch.randint(512, (2, tokens), generator=torch.Generator().manual_seed(0))
     return model(ids, use_cache=False).logits
 
 
-def plain_logits(python, *stages):
+def plain_logits(python, *stages, tokens=TOKENS):
     """By the stage's name: what plain transformers of another Python's environment computes."""
     file = stages[0].parent / f"logits-{len(list(stages[0].parent.iterdir()))}"
-    command = [python, "-c", PROGRAM, file, str(TOKENS), *stages]
+    command = [python, "-c", PROGRAM, file, str(tokens), *stages]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return load_file(file)
@@ -99,6 +99,20 @@ def test_stages_of_every_family_are_the_same_models_in_both_environments(tiny_di
         torch.testing.assert_close(
             served[name], logits(load_model(stage)), rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text
         )
+        record_property("family", (name, "reload", "yes"))
+
+
+@pytest.mark.serve
+def test_stages_with_linear_attention_are_the_same_models_in_both_environments(
+    tiny_dir, cache, tmp_path, record_property
+):
+    """On fewer tokens: they have no scaled RoPE, and rounding adds up in their recurrent states."""
+    stages = {name: tmp_path / name for name in STATEFUL}
+    for name, stage in stages.items():
+        write_stage(resolve(f"hf:{tiny_dir(name)}", cache), stage, [*range(6)], "float32", {"stage": "decode"})
+    served = plain_logits(ServeEnvironment.find().python, *stages.values(), tokens=100)
+    for name, stage in stages.items():
+        torch.testing.assert_close(served[name], logits(load_model(stage), 100), rtol=1e-4, atol=1e-4)
         record_property("family", (name, "reload", "yes"))
 
 

@@ -17,6 +17,7 @@ from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM
 from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.pipeline.heal_costs import heal_flops
 from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 
@@ -74,6 +75,19 @@ def test_memory_of_each_step_of_real_models(source: str, tmp_path: Path) -> None
     assert {name: costs[name].peak.host for name in measured} == {
         name: pytest.approx(size, rel=0.2) for name, size in measured.items()
     }
+
+
+def test_operations_of_blocks_for_k_and_v_alone_count_their_fits() -> None:
+    """Ranking, two fits behind both models, and compensation, though no block is removed."""
+    config = json.loads((Path(__file__).parents[2] / "recipes" / "facts" / "smollm2-135m.json").read_text())
+    sizes, healing = ModelSizes.of(config), {"kv_only_blocks": 8, "sequences": 16, "length": 256}
+    recipe = Recipe(name="r", model={"source": "pypi:x"}, healing=healing)
+    fitted = recipe.changed("test", "healing", compensation="least-squares")
+    through = sizes.active * 16 * 256 * sizes.blocks  # multiplications of all text through the model
+    ranked, both = through * (sizes.blocks + 1), 4 * through
+    assert heal_flops(recipe, sizes) == ranked + both
+    refit = 2 * through * 4 + sizes.fit_flops * 16 * 256 * 8
+    assert heal_flops(fitted, sizes) == pytest.approx(ranked + 2 * both + refit)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.recipe import PruningSection, Recipe
+from pdtrim_deploy.recipe import CalibrationSection, PruningSection, Recipe
 from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.yaml_units import compose
@@ -394,3 +394,5 @@ def test_the_names_in_recipes_are_those_of_the_registries() -> None:
     for section, key, kinds in (("EvaluationSection", "corpus", CORPORA), ("ModelSection", "source", SOURCES)):
         described = schema[section]["properties"][key]["description"].replace(" or ", ", ")
         assert {usage.split(":")[0] for usage in described.split(", ")} == set(kinds)
+    for kind in CORPORA.values():
+        assert CalibrationSection(corpus=kind.usage).corpus == kind.usage

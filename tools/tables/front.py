@@ -50,7 +50,8 @@ def switches(
             f"KV-only prefill: {alone} of 30 blocks compute K and V alone, prefill is trained for {steps} steps: "
             f"`healing: {{kv_only_blocks: {alone}, prefill_steps: {steps}, ...}}`",
             f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
-            f"{costs[0]} on Brown, {costs[1]} on Austen; untrained {untrained[0]}, {untrained[1]}",
+            f"{costs[0]} on Brown, whose text trained it, {costs[1]} on Austen; "
+            f"untrained {untrained[0]}, {untrained[1]}",
             "[blocks](docs/benchmarks/blocks.md)",
         ),
         (
