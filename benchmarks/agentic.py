@@ -28,7 +28,9 @@ def main() -> None:
     scenario = Scenario.load(ROOT / "scenarios" / "agentic.yaml")
     assert scenario.conversations is not None
     conversations = scenario.conversations.model_copy(update={"turns": options.turns})
-    scenario = scenario.changed(arrivals=Arrivals(clients=1), conversations=conversations, requests=options.turns, warmup=0)
+    scenario = scenario.changed(
+        arrivals=Arrivals(clients=1), conversations=conversations, requests=options.turns, warmup=0
+    )
     bundle = uniform("qwen2.5-coder-0.5b", ROOT / "out" / "bench-agentic")
     print(write("agentic", options, measure(bundle, scenario, POOL_TOKENS, options)))
 
