@@ -4,8 +4,8 @@ SGLang 0.5.23 takes --attn-dp-size (once --enable-dp-attention) with any model. 
 qwen2.py, glm4.py, mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor
 parallelism and sums over them, as if they had the same requests: text is wrong, and a rank that has none ends. So do
 models that SGLang runs through transformers (models/transformers.py), whose attentions are in a dict and no part of the
-module. A draft model (EAGLE's is a Llama) has the target's groups as well, unless SGLang gives it ranks of its own, as it
-does for EAGLE3 (speculative/draft_parallel.py).
+module. A draft model (EAGLE's is a Llama) has the target's groups as well, unless SGLang gives it ranks of its own, as
+it does for EAGLE3 (speculative/draft_parallel.py).
 """
 
 from __future__ import annotations
