@@ -106,7 +106,7 @@ def _count(parts: dict[str, _Part], layer: int, head: int) -> None:
     Blockwise.logprobs = whole.times(Blockwise.logprobs, lambda _, hidden, targets: 2 * head * tokens(hidden))  # type: ignore[method-assign]
     VocabularySample.logprobs = sampled.times(  # type: ignore[method-assign]
         VocabularySample.logprobs,
-        lambda own, runner, hidden, targets: 2 * len(own.tokens) * hidden.shape[-1] * tokens(hidden),
+        lambda stand_in, runner, hidden, targets: 2 * len(stand_in.tokens) * hidden.shape[-1] * tokens(hidden),
     )
     VocabularySample.of = sample.times(VocabularySample.of, lambda _, hidden, targets: 2 * head * tokens(hidden))  # type: ignore[method-assign]
 
