@@ -33,6 +33,8 @@ from pdtrim_deploy.recipe.calibration import DEFAULT_MIXTURE
 TEXTS = {"brown": {"corpus": "brown"}, "mixture": {"mixture": [part.model_dump() for part in DEFAULT_MIXTURE]}}
 """What a build is calibrated on."""
 CORPORA = (*(part.corpus for part in DEFAULT_MIXTURE), "agents")
+CUTS = [[4, 28], [4, 60], [4, 124], [4, 188]]
+"""First and last rows that a layer may keep, of prompts shorter than those of recipes."""
 JUDGED = ("budget 4.95x", "blocks")
 PLACE = HERE.parent / "out" / "bench-mixture"
 Note = Callable[[str], None]
@@ -66,7 +68,7 @@ def _row(options: argparse.Namespace, plan: str, text: str, note: Note) -> dict[
     sections = {key: dict(section) for key, section in PLANS[plan].items()}
     sections["calibration"] = TEXTS[text] | {"sequences": options.calibration, "length": 256, "seed": 0}
     if sections["kv"]["method"] == "budget":
-        sections["kv"] |= {"sequences": options.kv_sequences, "prompt_tokens": options.prompt}
+        sections["kv"] |= {"sequences": options.kv_sequences, "prompt_tokens": options.prompt, "sparse_choices": CUTS}
     if "healing" in sections:
         sections["healing"] |= {"sequences": options.fitted}
     note(f"{plan}, calibrated on {text}")
