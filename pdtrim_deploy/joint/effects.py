@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from pdtrim_deploy.joint.solve import Floats
 from pdtrim_deploy.kvchoice.base import Problem, Progress
 from pdtrim_deploy.kvchoice.budget.option_parts import OptionParts
 from pdtrim_deploy.kvchoice.budget.probe import Probe
-from pdtrim_deploy.kvchoice.budget.products import effect_products, remembered, summed_kl
+from pdtrim_deploy.kvchoice.budget.products import effect_products, summed_kl
 from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.plan import KVSend
@@ -116,15 +117,12 @@ class JointMeasure:
         options = [[option.prefill, option.decode, option.send.model_dump()] for option in self.options]
         choices = [[choice.prefill, choice.decode, choice.send.model_dump()] for choice in context]
         key = ["joint", _VERSION, options, choices, len(self._batches), self._draws]
-        return remembered(self.problem, key, lambda: self._multiplied(context))
-
-    @torch.no_grad()
-    def _multiplied(self, context: Choices) -> Tensor:
         count = len(self._batches)
-        return effect_products(
-            (self._changes(batch, context, f"effects, batch {number}/{count}"), batch.tokens)
+        parts = [
+            (partial(self._changes, batch, context, f"effects, batch {number}/{count}"), batch.tokens)
             for number, batch in enumerate(self._batches, 1)
-        )
+        ]
+        return effect_products(self.problem, key, parts)
 
     @torch.no_grad()
     def _prepare(self, ids: Tensor, seed: int) -> ChoiceBatch:
@@ -132,6 +130,7 @@ class JointMeasure:
         self._progress(f"ran the unpruned model on {len(ids)} sequences")
         return batch
 
+    @torch.no_grad()
     def _changes(self, batch: ChoiceBatch, context: Choices, name: str) -> Tensor:
         """float32 `[1 + blocks * features, coordinates]`: the context's error, then the effects."""
         problem = self.problem

@@ -77,7 +77,7 @@ def test_a_card_says_what_it_is(written: Path, recipe: Recipe) -> None:
 
 def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
     more = recipe.changed("t", "pruning", method="anneal", prefill_blocks=1, decode_blocks=2, distil=True, seed=7)
-    more = more.changed("t", "calibration", sequences=5, length=33, seed=3).changed(
+    more = more.changed("t", "calibration", mixture=[], sequences=5, length=33, seed=3).changed(
         "t", "kv", method="budget", reduction=2
     )
     text = model_card.card(PLAN, more.changed("t", "healing", decode_steps=9, seed=4), "decode", Provenance(), {})
@@ -85,6 +85,9 @@ def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
     assert "Students trained on 64 x 256 tokens of `brown`, seed 3: least squares, then 0 steps each (seed 0)" in text
     assert "Weights mended on 64 x 256 tokens of `brown`, seed 3 (seed 4)" in text
     assert "KV chosen by `budget` on 8 x 576 tokens of `brown`, seed 3" in text
+    mixed = recipe.changed("t", "pruning", decode_blocks=1)
+    mixture = "40% `brown`, 30% `code`, 20% `questions`, 10% `recall`, seed 0"
+    assert f"on 16 x 256 tokens of {mixture}" in model_card.card(PLAN, mixed, "decode", Provenance(), {})
     assert "KV chosen by rule `none`, on no text" in model_card.card(PLAN, recipe, "decode", Provenance(), {})
 
 

@@ -21,6 +21,7 @@ from tables import (
     quality,
     racing,
     requestrows,
+    searchtime,
     serving,
     shares,
 )
@@ -65,6 +66,7 @@ TABLES = {
     "racing": Table(("racing",), racing.racing, optional=True),
     "heal": Table(("heal",), heal.heal, optional=True),
     "build": Table(("build",), build.build, optional=True),
+    "searchtime": Table(("searchtime",), searchtime.searchtime, optional=True),
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
     "kvdistil": Table(("kvdistil",), kvdistil.kvdistil, optional=True),

@@ -35,9 +35,11 @@ def mixture(data: dict[str, Any] | None) -> str:
         lost = [", ".join(map(str, side["decode"])) for side in sides]
         if any(lost):
             lines[-len(_KINDS)] = (f"{plan}: decode loses {' / '.join(lost)}", *lines[-len(_KINDS)][1:])
+    budgets = any(plan.startswith("budget") for plan, _ in rows)
+    kv = f", KV chosen on {options['kv_sequences']} sequences" if budgets else ""
     text = (
-        f"blocks chosen on {options['calibration']} x 256 tokens and refitted on {options['fitted']} x 256, KV chosen "
-        f"on {options['kv_sequences']} sequences; rise of perplexity over the unpruned model on {options['sequences']} "
+        f"blocks chosen on {options['calibration']} x 256 tokens and refitted on {options['fitted']} x 256"
+        f"{kv}; rise of perplexity over the unpruned model on {options['sequences']} "
         f"x {options['continuation']} tokens of each development split behind {options['prompt']} of prompt; the last "
         "column is the perplexity by the mixture over that by prose, below 1 where the mixture is better; errors are "
         "paired by sequence"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -22,7 +23,7 @@ from pdtrim_deploy.kvchoice.base import Problem, Progress
 from pdtrim_deploy.kvchoice.budget.decode_batch import DecodeBatch
 from pdtrim_deploy.kvchoice.budget.option_parts import OptionParts
 from pdtrim_deploy.kvchoice.budget.probe import Probe
-from pdtrim_deploy.kvchoice.budget.products import effect_products, remembered, summed_kl
+from pdtrim_deploy.kvchoice.budget.products import effect_products, summed_kl
 from pdtrim_deploy.models.layer_kv import Span
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, SIDE_BY_SIDE
@@ -97,15 +98,12 @@ class Measure:
         """Gram matrix, float64, of the context's error and each layer's rows and dtypes; stored in `memo`."""
         rows = [[send.mode, send.n_first, send.n_last, *[send.share] * bool(send.share)] for send in self._parts.rows]
         key = [rows, self._parts.dtypes, [send.model_dump() for send in context], self._sizes]
-        return remembered(self.problem, key, lambda: self._multiplied(context))
-
-    @torch.no_grad()
-    def _multiplied(self, context: tuple[KVSend, ...]) -> Tensor:
         count = len(self._batches)
-        return effect_products(
-            (self._changes(batch, context, f"effects, batch {number}/{count}"), batch.tokens)
+        parts = [
+            (partial(self._changes, batch, context, f"effects, batch {number}/{count}"), batch.tokens)
             for number, batch in enumerate(self._batches, 1)
-        )
+        ]
+        return effect_products(self.problem, key, parts)
 
     @torch.no_grad()
     def _prepare(self, ids: Tensor, seed: int) -> DecodeBatch:
@@ -113,6 +111,7 @@ class Measure:
         self._progress(f"prefilled {len(ids)} sequences")
         return batch
 
+    @torch.no_grad()
     def _changes(self, batch: DecodeBatch, context: tuple[KVSend, ...], name: str) -> Tensor:
         """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then the effects."""
         probe = Probe(self.problem.oracle.decode, batch.reference, self._sizes[1], batch.seed)

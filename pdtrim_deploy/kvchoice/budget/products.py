@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +15,24 @@ from pdtrim_deploy.kvchoice.base import Problem
 from pdtrim_deploy.models.blockwise import Blockwise
 
 
-def effect_products(parts: Iterable[tuple[Tensor, int]]) -> Tensor:
-    """Float64 `[effects, effects]` on the host, nats a token.
+def effect_products(problem: Problem, key: list[Any], parts: Sequence[tuple[Callable[[], Tensor], int]]) -> Tensor:
+    """Float64 `[effects, effects]` on the host, nats a token; from the problem's `memo`, if it has one, by `key`.
 
-    Of effects `[effects, coordinates]` and the number of tokens of each part of a text.
+    Of each part of a text: what measures effects `[effects, coordinates]`, and its number of tokens. A part's products
+    are kept too, so that a measurement that was stopped goes on behind the last whole part, to the same bits.
     """
-    products, tokens = torch.zeros((), dtype=torch.float64), 0
-    for effects, count in parts:
-        products = products + (effects @ effects.T).double().cpu()
-        tokens += count
-    return products / tokens
+
+    def of_part(number: int) -> Tensor:
+        effects = parts[number][0]()
+        return (effects @ effects.T).double().cpu()
+
+    def of_all() -> Tensor:
+        products = torch.zeros((), dtype=torch.float64)
+        for number in range(len(parts) - 1):
+            products = products + remembered(problem, [*key, "part", number], partial(of_part, number))
+        return (products + of_part(len(parts) - 1)) / sum(tokens for _, tokens in parts)
+
+    return remembered(problem, key, of_all)
 
 
 def remembered(problem: Problem, key: object, compute: Callable[[], Tensor]) -> Tensor:

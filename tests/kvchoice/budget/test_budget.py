@@ -106,6 +106,30 @@ def test_what_was_measured_may_be_kept():
     assert len(set(measured)) == len(measured) > before
 
 
+def test_a_measurement_that_is_stopped_goes_on_behind_the_last_whole_batch():
+    """To the same bits. `problem.memo` is what a build keeps in the cache."""
+    known, lines = {}, []
+
+    def memo(name, make):
+        return known[name] if name in known else known.setdefault(name, make())
+
+    def stop_in_the_last_batch(line):
+        lines.append(line)
+        if "batch 3/3" in line:
+            raise KeyboardInterrupt
+
+    problem = replace(make_problem(), memo=memo)
+    whole = Measure(make_problem(), OPTIONS, quiet, batch=2).about(DENSE)
+    with pytest.raises(KeyboardInterrupt):
+        Measure(problem, OPTIONS, stop_in_the_last_batch, batch=2).about(DENSE)
+    assert [any(f"batch {n}/3" in line for line in lines) for n in (1, 2, 3)] == [True] * 3
+    lines.clear()
+    resumed = Measure(problem, OPTIONS, lines.append, batch=2).about(DENSE)
+    assert {line.partition(":")[0] for line in lines if "batch" in line} == {"effects, batch 3/3"}
+    assert torch.equal(resumed.gram, whole.gram)
+    assert torch.equal(resumed.linear, whole.linear)
+
+
 def test_effects_foretell_the_divergence_of_small_changes_and_add_up_about_any_context():
     problem = make_problem()
     measure = Measure(problem, OPTIONS, quiet, draws=300)
