@@ -78,9 +78,9 @@ def kv_flops(kv: KVSection, sizes: ModelSizes, states: int) -> tuple[float, floa
     """
     blocks, batches = sizes.blocks, -(-kv.sequences // BATCH)
     flops = passes = 0.0
-    if kv.measures_offsets:
-        flops += 2 * sizes.active * blocks * kv.sequences * kv.prompt_tokens
-        passes += kv.sequences
+    if kv.measures_offsets:  # prefill's keys; decode's queries, all sequences side by side
+        flops += 2 * 2 * sizes.active * blocks * kv.sequences * kv.prompt_tokens
+        passes += kv.sequences + 1
     if kv.method in FIXED_KV or kv.method == "random":
         return flops, passes
     lengths = len(kv.prompts)

@@ -6,7 +6,7 @@
 extern "C" {
 
 struct PdtrimRun {  // pdtrim_deploy/kvcache/table.py
-  int64_t pool, mean, stride, pool_slots, group, token, position, rows, code, codes, scales;
+  int64_t pool, mean, factor, stride, pool_slots, group, token, position, rows, code, codes, scales;
 };
 
 struct PdtrimChunk {
@@ -29,6 +29,7 @@ struct Part {
   uint8_t* codes;
   uint16_t* scales;    // native rows have none
   const float* mean;   // [heads, dim]: what rows travel less, before it is turned; null when they travel whole
+  const float* factor;  // [heads, dim]: what keys less their offset are multiplied by
   const float* turns;  // of the first row; the next row's follows
   int64_t stride;      // bytes
 
@@ -38,6 +39,7 @@ struct Part {
         codes(chunk.packed + run.codes),
         scales(reinterpret_cast<uint16_t*>(chunk.packed + run.scales)),
         mean(reinterpret_cast<const float*>(run.mean)),
+        factor(reinterpret_cast<const float*>(run.factor)),
         turns(mean ? chunk.turns + run.position * chunk.dim : nullptr),
         stride(run.stride) {}
 };

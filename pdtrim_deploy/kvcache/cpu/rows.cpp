@@ -33,7 +33,7 @@ void move_rows(const Part& part, const PdtrimChunk& shape, int64_t first, int64_
       const int64_t at = r * heads;
       uint8_t* const codes = part.codes + at * code_bytes(code, dim);
       const float* const turn = part.mean ? part.turns + r * dim : nullptr;
-      Row<dtype, code, kDim, kPack>{row, codes, part.scales + at * groups, dim, groups, heads, next, part.mean, turn}
+      Row<dtype, code, kDim, kPack>{row, codes, part.scales + at * groups, dim, groups, heads, next, part.mean, part.factor, turn}
           .template move<kDim == 128 ? 2 : kDim == 64 ? 4 : 1>();
     }
   }

@@ -132,7 +132,9 @@ def constants(table: Table, pack: bool) -> dict[str, Any]:
         "STAGES": stages,
         "GROUP": rotated_group(table.head_dim),
         "UNIT": 2.0 ** -(stages // 2 if pack else (stages + 1) // 2),
-        "ALIGN": gcd(LINE, *table.column("pool"), *table.column("mean"), *table.column("stride")),
+        "ALIGN": gcd(
+            LINE, *table.column("pool"), *table.column("mean"), *table.column("factor"), *table.column("stride")
+        ),
         "WIRE_ALIGN": gcd(LINE, *sizes, *table.column("codes"), *table.column("scales")),
     }
 
