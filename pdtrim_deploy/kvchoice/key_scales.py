@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pdtrim_deploy.kvcache.key_constants import MAX_EXPONENT, STEPS
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.recipe.kv_cost import QUERIES_OF
 
 SOURCES = ("q_norm", "q_proj", "qkv_proj")  # the last module before RoPE that queries come from, if a family has it
 LEAST = 1e-9  # of the largest pair's: smaller squares count as this
@@ -53,7 +54,8 @@ def query_squares(oracle: PDOracle, sequences: Tensor) -> Tensor:
         source = _source(runner.layers[layer].self_attn)
         hooks += [] if source is None else [source.register_forward_hook(partial(add, of_layer))]
     try:
-        LayerRun(runner, sequences.split(1)).finish()
+        for few in sequences.split(QUERIES_OF):
+            LayerRun(runner, few.split(1)).finish()
     finally:
         for hook in hooks:
             hook.remove()
