@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,12 +11,11 @@ STEPS = 4  # exponents are in quarters: in whole powers of two products erred by
 MAX_EXPONENT = 8 * STEPS  # of a key scale, and its inverse's
 
 
-class KeyConstants(NamedTuple):
-    """Of one layer, float32 `[kv_heads, head_dim]` each: the mean before RoPE, the key scale and its inverse."""
+@dataclass(frozen=True, eq=False)
+class KeyConstants:
+    """Of one layer, `values`: float32 `[3, kv_heads, head_dim]`: means before RoPE, key scales and their inverses."""
 
-    mean: Tensor
-    scale: Tensor
-    inverse: Tensor
+    values: Tensor
 
     @classmethod
     def of(cls, mean: Tensor, exponents: Tensor) -> KeyConstants:
@@ -28,8 +26,31 @@ class KeyConstants(NamedTuple):
             roots[signed % STEPS] * ((127 + signed.div(STEPS, rounding_mode="floor")) << 23).view(torch.float32)
             for signed in (both, -both)
         )
-        return cls(mean, scale, inverse)
+        return cls(torch.stack((mean, scale, inverse)))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> KeyConstants:
-        """Each of the three, changed."""
-        return KeyConstants(*map(change, self))
+    @property
+    def mean(self) -> Tensor:
+        """float32 `[kv_heads, head_dim]`, as are the other two."""
+        return self.values[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """What keys less their offset are multiplied by."""
+        return self.values[1]
+
+    @property
+    def inverse(self) -> Tensor:
+        """What they are multiplied by to be what they were."""
+        return self.values[2]
+
+    def heads(self, heads: range) -> KeyConstants:
+        """Those of a range of these KV heads."""
+        return KeyConstants(self.values[:, heads.start : heads.stop].contiguous())
+
+    def to(self, device: torch.device) -> KeyConstants:
+        """The same on a device."""
+        return KeyConstants(self.values.to(device))
+
+    def unscaled(self) -> KeyConstants:
+        """The same means with scales of 1."""
+        return KeyConstants(torch.stack((self.mean, *[torch.ones_like(self.mean)] * 2)))

@@ -142,11 +142,11 @@ class KeyOffsets:
     @property
     def device(self) -> torch.device:
         """Where the constants are."""
-        return next(iter(self.layers.values())).mean.device
+        return next(iter(self.layers.values())).values.device
 
     def heads(self, heads: range) -> KeyOffsets:
         """Those of a range of these KV heads; cosines and sines are shared."""
-        part = self._with(lambda of_layer: of_layer.map(lambda x: x[heads.start : heads.stop].contiguous()))
+        part = self._with(lambda of_layer: of_layer.heads(heads))
         part._tables, part._lock = self._tables, self._lock
         return part
 
@@ -156,12 +156,12 @@ class KeyOffsets:
             return self
         with self._lock:
             if device not in self._by_device:
-                self._by_device[device] = self._with(lambda of_layer: of_layer.map(lambda x: x.to(device)))
+                self._by_device[device] = self._with(lambda of_layer: of_layer.to(device))
             return self._by_device[device]
 
     def unscaled(self) -> KeyOffsets:
         """The same means with key scales of 1."""
-        layers = {layer: KeyConstants(x.mean, *[torch.ones_like(x.mean)] * 2) for layer, x in self.layers.items()}
+        layers = {layer: of_layer.unscaled() for layer, of_layer in self.layers.items()}
         return KeyOffsets(layers, self.frequencies, self.scaling, self.data)
 
     def _with(self, change: Callable[[KeyConstants], KeyConstants]) -> KeyOffsets:

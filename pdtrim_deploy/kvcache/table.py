@@ -4,8 +4,7 @@ A row of the table is a *run*: rows of one side (K or V) of one layer, in one co
 fields are int64, in the order of `FIELDS`:
 
     pool         address of slot 0, at the first KV head that moves
-    mean         address of the key offset's mean, float32 [kv_heads, head_dim]; 0 where rows travel whole
-    factor       the same of what keys are multiplied by: packed the key scale, unpacked its inverse
+    mean         address of the key offset's `KeyConstants.values`, whose mean is first; 0 where rows travel whole
     stride       bytes between slots
     pool_slots   number of slots
     group        row of the chunk's slots that its layer has; 0 where all layers have the same
@@ -39,9 +38,7 @@ from pdtrim_deploy.kvcache.part_offset import part_constants
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
 from pdtrim_deploy.plan.wire import CODES, Code
 
-FIELDS = (
-    "pool", "mean", "factor", "stride", "pool_slots", "group", "token", "position", "rows", "code", "codes", "scales",
-)  # fmt: skip
+FIELDS = ("pool", "mean", "stride", "pool_slots", "group", "token", "position", "rows", "code", "codes", "scales")
 # Places are rows.cpp's Dtype, and the kernels'.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_HEAD_DIM = 1024
@@ -101,18 +98,18 @@ def chunk_tables(
         for pool in (side[layer] for side in (keys, values))
     )
     of_rows = None if groups is None else tuple(groups[layer] for layer in layers)
-    return _tables(layout, pools, of_rows, offsets, pack)
+    return _tables(layout, pools, of_rows, offsets)
 
 
 @lru_cache(maxsize=MAX_TABLES)
 def _tables(
-    layout: ChunkLayout, pools: tuple[Pool, ...], groups: Groups | None, offsets: KeyOffsets | None, pack: bool
+    layout: ChunkLayout, pools: tuple[Pool, ...], groups: Groups | None, offsets: KeyOffsets | None
 ) -> tuple[Table, ...]:
     """`groups`: of each of the layout's layers."""
     if not pools or not _fits(pools):
         return ()
     shapes = dict.fromkeys(pool.shape[1:] for pool in pools)
-    return tuple(_table(layout, pools, vectors, groups, offsets, pack) for vectors in shapes)
+    return tuple(_table(layout, pools, vectors, groups, offsets) for vectors in shapes)
 
 
 def _table(
@@ -121,7 +118,6 @@ def _table(
     vectors: tuple[int, ...],
     groups: Groups | None,
     offsets: KeyOffsets | None,
-    pack: bool,
 ) -> Table:
     """Of the pools whose slots are `vectors`, heads and their size."""
     heads, head_dim = vectors
@@ -130,9 +126,7 @@ def _table(
         pool, group = pools[place], 0 if groups is None else groups[place // 2]
         for part in rows.sides[side] if pool.shape[1:] == vectors else ():
             constants = part_constants(rows, side, part, (heads, head_dim), offsets)
-            mean = factor = 0
-            if constants is not None:
-                mean, factor = constants.mean.data_ptr(), (constants.scale if pack else constants.inverse).data_ptr()
+            mean = 0 if constants is None else constants.values.data_ptr()
             starts = section_offsets(part, native, heads, head_dim)
             per_row = [(hi - lo) // part.rows for lo, hi in pairwise(starts)]
             codes.add(part.code)
@@ -141,7 +135,7 @@ def _table(
                 packed = [start + row * size for start, size in zip(starts, per_row, strict=False)]
                 runs.append(
                     (
-                        pool.address, mean, factor, pool.stride[0] * pool.dtype.itemsize, pool.shape[0], group,
+                        pool.address, mean, pool.stride[0] * pool.dtype.itemsize, pool.shape[0], group,
                         token, position, count, CODES.index(part.code), packed[0], packed[-1],
                     )
                 )  # fmt: skip

@@ -6,7 +6,7 @@
 extern "C" {
 
 struct PdtrimRun {  // pdtrim_deploy/kvcache/table.py
-  int64_t pool, mean, factor, stride, pool_slots, group, token, position, rows, code, codes, scales;
+  int64_t pool, mean, stride, pool_slots, group, token, position, rows, code, codes, scales;
 };
 
 struct PdtrimChunk {
@@ -28,8 +28,8 @@ struct Part {
   const int64_t* slots;  // [rows]
   uint8_t* codes;
   uint16_t* scales;    // native rows have none
-  const float* mean;   // [heads, dim]: what rows travel less, before it is turned; null when they travel whole
-  const float* factor;  // [heads, dim]: what keys less their offset are multiplied by
+  const float* mean;   // [3, heads, dim]: what rows travel less, before it is turned, then scales and their inverses;
+                       // null when they travel whole
   const float* turns;  // of the first row; the next row's follows
   int64_t stride;      // bytes
 
@@ -39,7 +39,6 @@ struct Part {
         codes(chunk.packed + run.codes),
         scales(reinterpret_cast<uint16_t*>(chunk.packed + run.scales)),
         mean(reinterpret_cast<const float*>(run.mean)),
-        factor(reinterpret_cast<const float*>(run.factor)),
         turns(mean ? chunk.turns + run.position * chunk.dim : nullptr),
         stride(run.stride) {}
 };

@@ -16,7 +16,7 @@ from pdtrim_deploy.plan.wire import CODES
 
 SEARCH = tl.constexpr(256)  # runs that a program looks at together to find its own
 RUN_FIELDS = tl.constexpr(len(FIELDS))
-POOL, MEAN, FACTOR, STRIDE, POOL_SLOTS, GROUP_OF, TOKEN, POSITION, ROWS, CODE, PACKED, SCALES = (
+POOL, MEAN, STRIDE, POOL_SLOTS, GROUP_OF, TOKEN, POSITION, ROWS, CODE, PACKED, SCALES = (
     tl.constexpr(place) for place in range(len(FIELDS))
 )
 NATIVE, FP8, INT8, INT4, INT3 = (tl.constexpr(place) for place in range(len(CODES)))
@@ -68,9 +68,13 @@ def offset_of(run, row, head, inside, channel, turns, origin, DIM: tl.constexpr,
 
 
 @triton.jit
-def factor_of(run, head, inside, channel, origin, DIM: tl.constexpr, ALIGN: tl.constexpr):
-    """What a tile's keys less their offset are multiplied by."""
-    factor = (origin + tl.multiple_of(tl.load(run + FACTOR), ALIGN)).to(tl.pointer_type(tl.float32)) + head * DIM
+def factor_of(
+    run, head, inside, channel, origin, PACK: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """What a tile's keys less their offset are multiplied by. (Other ways to its address cost registers.)"""
+    behind = 4 * HEADS * DIM if PACK else 8 * HEADS * DIM  # bytes of the means, and of the scales
+    factor = origin + tl.multiple_of(tl.load(run + MEAN) + behind, ALIGN)
+    factor = factor.to(tl.pointer_type(tl.float32)) + head * DIM
     return tl.load(factor[:, None] + channel[None, :], mask=inside, other=0.0)
 
 
@@ -124,7 +128,7 @@ def pack_runs(
             channel = tl.arange(0, WIDTH)
             whole = held[:, None] & (channel < DIM)[None, :]
             x -= offset_of(run, row, head, whole, channel, turns, origin, DIM, ALIGN)
-            x *= factor_of(run, head, whole, channel, origin, DIM, ALIGN)
+            x *= factor_of(run, head, whole, channel, origin, True, HEADS, DIM, ALIGN)
         to = section(packed, run, PACKED, WIRE_ALIGN, tl.int8)
         scales = section(packed, run, SCALES, WIRE_ALIGN, tl.int16)
         if SENT_FP8 & SENT and code == FP8:
@@ -189,6 +193,6 @@ def unpack_runs(
             x = tl.reshape(tl.reshape(x, [VECTORS, WIDTH // GROUP, GROUP]) * scale[:, :, None], [VECTORS, WIDTH])
             x = codes.rotated(x, VECTORS, WIDTH, STAGES) * UNIT
         if OFFSETS and tl.load(run + MEAN) != 0:
-            x *= factor_of(run, head, whole, channel, origin, DIM, ALIGN)
+            x *= factor_of(run, head, whole, channel, origin, False, HEADS, DIM, ALIGN)
             x += offset_of(run, row, head, whole, channel, turns, origin, DIM, ALIGN)
         store(place, codes.words_of(x, DTYPE), held, WIDTH, DIM)
