@@ -72,8 +72,8 @@ def factor_of(
     run, head, inside, channel, origin, PACK: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
     """What a tile's keys less their offset are multiplied by. (Other ways to its address cost registers.)"""
-    behind = 4 * HEADS * DIM if PACK else 8 * HEADS * DIM  # bytes of the means, and of the scales
-    factor = origin + tl.multiple_of(tl.load(run + MEAN) + behind, ALIGN)
+    before = 4 * HEADS * DIM if PACK else 8 * HEADS * DIM  # bytes of the means, or of these and the scales
+    factor = origin + tl.multiple_of(tl.load(run + MEAN) + before, ALIGN)
     factor = factor.to(tl.pointer_type(tl.float32)) + head * DIM
     return tl.load(factor[:, None] + channel[None, :], mask=inside, other=0.0)
 
