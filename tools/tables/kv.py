@@ -72,24 +72,26 @@ FORMS = {"whole": "whole", "less mean": "less their mean", "scaled": "less their
 
 def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
     """bench-wire's row of a wire dtype by model, of Brown, with all that key offsets do to keys."""
-    of_dtype = [row for row in rows if row["wire"] == dtype and row["corpus"] == "brown"]
-    return {row["model"]: row for row in sorted(of_dtype, key=lambda row: list(FORMS).index(row["keys"]))}
+    of_dtype = [row for row in rows if row["wire"] == dtype and _text(row) == "brown"]
+    return {row["model"]: row for row in sorted(of_dtype, key=lambda row: list(FORMS).index(_keys(row)))}
 
 
 def wire(data: dict[str, Any]) -> str:
-    """Quality and bytes of the wire dtypes by model and text, keys in each form."""
+    """Quality and bytes of the wire dtypes by model and text, keys in each form that was measured."""
     rows, options = data["rows"], data["options"]
-    by_form = {(row["model"], row["corpus"], row["wire"], row["keys"]): row for row in rows}
-    lines = []
+    by_form = {(row["model"], _text(row), row["wire"], _keys(row)): row for row in rows}
+    forms = [form for form in FORMS if any(key[-1] == form for key in by_form)]
+    scaled, lines = forms[-1] == "scaled", []
     for key in dict.fromkeys(key[:3] for key in by_form):
         plain = by_form[*key, "whole"]
-        shown = [by_form.get((*key, form), plain) for form in FORMS]
-        lines.append((*key, f"{plain['reduction']:.2f}x", *map(_loss, shown), _change(shown[-1])))
+        shown = [by_form.get((*key, form), plain) for form in forms]
+        change = [_change(shown[-1])] if scaled else []
+        lines.append((*key, f"{plain['reduction']:.2f}x", *map(_loss, shown), *change))
     models, texts = (dict.fromkeys(key[at] for key in by_form) for at in range(2))
     return table(
         (
             "model", "text", "wire dtype, all rows", "bytes against bfloat16",
-            *(f"keys {form}: perplexity ratio, KL" for form in FORMS.values()), "KL, change by scales",
+            *(f"keys {FORMS[form]}: perplexity ratio, KL" for form in forms), *["KL, change by scales"] * scaled,
         ),
         lines,
     ) + where(
@@ -98,6 +100,16 @@ def wire(data: dict[str, Any]) -> str:
         f"({', '.join(texts)}) behind {options['prompt']}-token prompts",
         "KL in nats", "± is the paired standard error", f"seed {options['seed']}", model="",
     )  # fmt: skip
+
+
+def _text(row: dict[str, Any]) -> str:
+    """Before there was a choice all was Brown."""
+    return str(row.get("corpus", "brown"))
+
+
+def _keys(row: dict[str, Any]) -> str:
+    """Before there were key scales, keys had offsets or not."""
+    return str(row["keys"] if "keys" in row else list(FORMS)[row["key_offsets"]])
 
 
 def _loss(row: dict[str, Any]) -> str:
