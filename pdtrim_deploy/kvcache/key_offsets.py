@@ -1,31 +1,38 @@
-"""Key offsets: the constant part of a layer's keys, which both ends know and which therefore need not travel.
+"""Key offsets: what is constant in a layer's keys, which both ends know and which therefore need not travel.
 
 Keys before RoPE are, per layer and KV head, a constant (the bias of the K projection and a mean besides) plus a rest
 that may be far smaller; a scale that must hold both rounds the rest coarsely. The constant, rotated to a row's absolute
-prompt position, is subtracted before quantising and added after. Rows that travel native have no offset, nor has prompt
-position 0: the attention sink's key is no neighbour of the mean, and every query reads it.
+prompt position, is subtracted before quantising and added after. Prompt position 0 has no offset: the attention sink's
+key is no neighbour of the mean, and every query reads it.
 
-Means and what RoPE needs lie in one file beside both stage checkpoints; the plan holds its SHA-256. Prefill and decode
-add and subtract the same numbers whatever they are: a wrong mean costs precision, different ones would be wrong text.
-So every form works in float32 in one order, without fused multiply-adds:
+Nor do all channels of the rest matter alike: an error in a channel counts by the queries that it meets there. So what
+travels is multiplied by a key scale, large where queries are large beside keys, and divided by it after. Channels i and
+half + i, which RoPE turns into each other, have the same one, so it stands before RoPE as well as behind. Rows that
+travel native have neither.
+
+Means, exponents of the scales and what RoPE needs lie in one file beside both stage checkpoints; the plan holds its
+SHA-256. Prefill and decode use the same numbers whatever they are: a wrong one costs precision, different ones would be
+wrong text. So every form works in float32 in one order, without fused multiply-adds:
 
     offset[i]        = mean[i] * cos[i] - mean[half + i] * sin[i]
     offset[half + i] = mean[half + i] * cos[i] + mean[i] * sin[i]        i < half = head_dim / 2
+    sent             = quantised((key - offset) * scale)
+    key again        = dequantised * inverse + offset
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.kvcache.layout import LayerRows, Part
+from pdtrim_deploy.kvcache.key_constants import MAX_EXPONENT, KeyConstants
 
 if TYPE_CHECKING:
     from pdtrim_deploy.plan import KeyOffsetsFile, PDPlan
@@ -34,31 +41,59 @@ LEAST_POSITIONS = 1024
 
 
 class KeyOffsets:
-    """Offsets of some layers of decode, on one device. Threads may share it.
+    """Means and key scales of some layers of decode, on one device. Threads may share it.
 
     Attributes:
-        means: by layer of decode, float32 `[kv_heads, head_dim]`, before RoPE.
+        layers: by layer of decode.
         frequencies: float32 `[head_dim / 2]`, RoPE's angle a position; on the CPU.
         scaling: factor of cosines and sines (yarn's attention factor; else 1).
-        data: bytes of the file; the same whatever heads and device.
+        data: bytes of the file; the same whatever heads and device, as is
+        scaled: whether some key scale is not 1.
 
     """
 
-    def __init__(self, means: Mapping[int, Tensor], frequencies: Tensor, scaling: float, data: bytes) -> None:
-        self.means, self.frequencies, self.scaling, self.data = dict(means), frequencies, scaling, data
+    def __init__(
+        self,
+        layers: Mapping[int, KeyConstants],
+        frequencies: Tensor,
+        scaling: float,
+        data: bytes = b"",
+        *,
+        scaled: bool = False,
+    ) -> None:
+        self.layers, self.frequencies, self.scaling = dict(layers), frequencies, scaling
+        self.data, self.scaled = data, scaled
         self._tables = [torch.empty(0, 2 * len(frequencies))]  # all: a kernel of another stream may still read one
         self._lock = threading.Lock()
         self._by_device: dict[torch.device, KeyOffsets] = {}
 
     @classmethod
-    def make(cls, means: Mapping[int, Tensor], frequencies: Tensor, scaling: float) -> KeyOffsets:
-        """From what was measured; `means` of one layer at least."""
-        frequencies, stacked = frequencies.float().contiguous(), torch.stack([means[k] for k in sorted(means)]).float()
-        factor = torch.tensor([scaling], dtype=torch.float32)
+    def make(
+        cls,
+        means: Mapping[int, Tensor],
+        frequencies: Tensor,
+        scaling: float,
+        exponents: Mapping[int, Tensor] | None = None,
+    ) -> KeyOffsets:
+        """From what was measured, of one layer at least.
+
+        Args:
+            exponents: of the same layers, integers `[kv_heads, head_dim / 2]` within +-MAX_EXPONENT, as
+                `KeyConstants.of` has them. If all are 0 the file is as if there were none.
+
+        """
+        order, frequencies = sorted(means), frequencies.float().contiguous()
+        stacked = torch.stack([means[layer] for layer in order]).float()
+        powers = torch.zeros(*stacked.shape[:2], stacked.shape[2] // 2, dtype=torch.int8)
+        if exponents is not None:
+            powers = torch.stack([exponents[layer] for layer in order]).to(torch.int8)
+        factor, scaled = torch.tensor([scaling], dtype=torch.float32), bool(powers.any())
         from safetensors.torch import save  # only a file needs it: kernels are checked with torch alone
 
-        data = save({"means": stacked, "frequencies": frequencies, "scaling": factor})
-        return cls(dict(zip(sorted(means), stacked, strict=True)), frequencies, float(factor), data)
+        tensors = {"means": stacked, "frequencies": frequencies, "scaling": factor}
+        data = save(tensors | ({"exponents": powers} if scaled else {}))
+        layers = dict(zip(order, map(KeyConstants.of, stacked, powers), strict=True))
+        return cls(layers, frequencies, float(factor), data, scaled=scaled)
 
     @classmethod
     def read(cls, folder: Path, plan: PDPlan) -> KeyOffsets | None:
@@ -85,29 +120,33 @@ class KeyOffsets:
 
             tensors = load(data)
             means, frequencies = tensors["means"].float(), tensors["frequencies"].float()
-            scaling = float(tensors["scaling"])
+            scaling, scaled = float(tensors["scaling"]), plan.key_offsets.scaled
+            powers = tensors["exponents"] if scaled else torch.zeros(*means.shape[:-1], means.shape[-1] // 2)
         except Exception:  # safetensors raises its own, a name that is missing KeyError
             raise UserError(f"{path}: is not a file of key offsets; {again}") from None
         if means.shape != (len(layers), model.num_kv_heads, model.head_dim) or len(frequencies) * 2 != model.head_dim:
             raise UserError(f"{path}: has means of {tuple(means.shape)}, which are not the plan's model's; {again}")
-        return cls(dict(zip(layers, means, strict=True)), frequencies, scaling, data)
+        if powers.shape != (*means.shape[:-1], len(frequencies)) or powers.int().abs().max() > MAX_EXPONENT:
+            raise UserError(f"{path}: has key scales that are not its means'; {again}")
+        by_layer = zip(layers, map(KeyConstants.of, means, powers), strict=True)
+        return cls(dict(by_layer), frequencies, scaling, data, scaled=scaled)
 
     @property
     def file(self) -> KeyOffsetsFile:
         """How a plan names it."""
         from pdtrim_deploy.plan import KeyOffsetsFile  # whoever has a plan has pydantic, which kernels do without
 
-        return KeyOffsetsFile(sha256=hashlib.sha256(self.data).hexdigest(), layers=tuple(sorted(self.means)))
+        digest = hashlib.sha256(self.data).hexdigest()
+        return KeyOffsetsFile(sha256=digest, layers=tuple(sorted(self.layers)), scaled=self.scaled)
 
     @property
     def device(self) -> torch.device:
-        """Where the means are."""
-        return next(iter(self.means.values())).device
+        """Where the constants are."""
+        return next(iter(self.layers.values())).values.device
 
     def heads(self, heads: range) -> KeyOffsets:
         """Those of a range of these KV heads; cosines and sines are shared."""
-        means = {layer: mean[heads.start : heads.stop].contiguous() for layer, mean in self.means.items()}
-        part = KeyOffsets(means, self.frequencies, self.scaling, self.data)
+        part = self._with(lambda of_layer: of_layer.heads(heads))
         part._tables, part._lock = self._tables, self._lock
         return part
 
@@ -117,9 +156,17 @@ class KeyOffsets:
             return self
         with self._lock:
             if device not in self._by_device:
-                means = {layer: mean.to(device) for layer, mean in self.means.items()}
-                self._by_device[device] = KeyOffsets(means, self.frequencies, self.scaling, self.data)
+                self._by_device[device] = self._with(lambda of_layer: of_layer.to(device))
             return self._by_device[device]
+
+    def unscaled(self) -> KeyOffsets:
+        """The same means with key scales of 1."""
+        layers = {layer: of_layer.unscaled() for layer, of_layer in self.layers.items()}
+        return KeyOffsets(layers, self.frequencies, self.scaling, self.data)
+
+    def _with(self, change: Callable[[KeyConstants], KeyConstants]) -> KeyOffsets:
+        layers = {layer: change(of_layer) for layer, of_layer in self.layers.items()}
+        return KeyOffsets(layers, self.frequencies, self.scaling, self.data, scaled=self.scaled)
 
     def table(self, positions: int) -> Tensor:
         """float32 `[at least positions, head_dim]`: cosines, then sines, of each position's angles, times `scaling`.
@@ -147,48 +194,3 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of `[.., head_dim]`; `cos` and `sin` `[.., head_dim / 2]`."""
     low, high = keys.chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
-
-
-class PartOffset(NamedTuple):
-    """What rows of one part travel less: float32 `mean` `[kv_heads, head_dim]` turned by `table` at `positions`."""
-
-    mean: Tensor
-    table: Tensor
-    positions: Tensor
-
-    def rows(self, at: slice) -> Tensor:
-        """float32 `[rows, kv_heads, head_dim]` of some of the rows."""
-        cos, sin = self.table[self.positions[at]][:, None].chunk(2, -1)
-        return rotate(self.mean, cos, sin)
-
-
-def part_mean(
-    rows: LayerRows, side: int, part: Part, heads: tuple[int, ...], offsets: KeyOffsets | None
-) -> Tensor | None:
-    """float32 `[kv_heads, head_dim]` of a part of K (`side` 0) whose keys travel less an offset; else None.
-
-    Raises:
-        ValueError: there is none for this layer, or of other heads than the pool's `heads`, `(kv_heads, head_dim)`.
-
-    """
-    if side or part.code == "native" or not rows.key_offset:
-        return None
-    mean = None if offsets is None else offsets.means.get(rows.decode_layer)
-    if mean is None or mean.shape != heads:
-        has = "none was given" if mean is None else f"the one given is of {tuple(mean.shape)}"
-        raise ValueError(f"keys of decode layer {rows.decode_layer} travel less an offset of {tuple(heads)}; {has}")
-    return mean
-
-
-def part_offset(rows: LayerRows, side: int, part: Part, pool: Tensor, offsets: KeyOffsets | None) -> PartOffset | None:
-    """What a part travels less; None when it travels whole.
-
-    Raises:
-        ValueError: as `part_mean`.
-
-    """
-    mean = part_mean(rows, side, part, pool.shape[1:], offsets)
-    if mean is None or offsets is None:
-        return None
-    every = torch.cat([torch.arange(lo, hi, device=pool.device) for lo, hi in rows.positions])
-    return PartOffset(mean, offsets.table(rows.positions[-1][1]), every[part.first :][: part.rows])

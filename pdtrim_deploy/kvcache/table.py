@@ -4,7 +4,7 @@ A row of the table is a *run*: rows of one side (K or V) of one layer, in one co
 fields are int64, in the order of `FIELDS`:
 
     pool         address of slot 0, at the first KV head that moves
-    mean         address of the key offset's mean, float32 [kv_heads, head_dim]; 0 where rows travel whole
+    mean         address of the key offset's `KeyConstants.values`, whose mean is first; 0 where rows travel whole
     stride       bytes between slots
     pool_slots   number of slots
     group        row of the chunk's slots that its layer has; 0 where all layers have the same
@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, part_mean
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, Part
+from pdtrim_deploy.kvcache.part_offset import part_constants
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
 from pdtrim_deploy.plan.wire import CODES, Code
 
@@ -124,17 +125,18 @@ def _table(
     for place, (rows, side) in enumerate((rows, side) for rows in layout.layers for side in range(2)):
         pool, group = pools[place], 0 if groups is None else groups[place // 2]
         for part in rows.sides[side] if pool.shape[1:] == vectors else ():
-            mean = part_mean(rows, side, part, (heads, head_dim), offsets)
+            constants = part_constants(rows, side, part, (heads, head_dim), offsets)
+            mean = 0 if constants is None else constants.values.data_ptr()
             starts = section_offsets(part, native, heads, head_dim)
             per_row = [(hi - lo) // part.rows for lo, hi in pairwise(starts)]
             codes.add(part.code)
-            turned = turned if mean is None else max(turned, rows.positions[-1][1])
+            turned = turned if constants is None else max(turned, rows.positions[-1][1])
             for row, token, position, count in part_runs(rows.ranges, rows.positions, part):
                 packed = [start + row * size for start, size in zip(starts, per_row, strict=False)]
                 runs.append(
                     (
-                        pool.address, 0 if mean is None else mean.data_ptr(), pool.stride[0] * pool.dtype.itemsize,
-                        pool.shape[0], group, token, position, count, CODES.index(part.code), packed[0], packed[-1],
+                        pool.address, mean, pool.stride[0] * pool.dtype.itemsize, pool.shape[0], group,
+                        token, position, count, CODES.index(part.code), packed[0], packed[-1],
                     )
                 )  # fmt: skip
     return Table(torch.tensor(runs), heads, head_dim, pools[0].dtype, frozenset(codes), turned)

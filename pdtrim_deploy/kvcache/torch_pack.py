@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs import get_codec
-from pdtrim_deploy.kvcache.codecs.base import Index, Pages, put
-from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, part_offset
+from pdtrim_deploy.kvcache.codecs.base import Index, Less, Pages, put
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows, Part
+from pdtrim_deploy.kvcache.part_offset import part_offset
 from pdtrim_deploy.kvcache.sections import part_sections
 from pdtrim_deploy.kvcache.table import Groups
 
@@ -42,7 +43,8 @@ def pack(
         sections = part_sections(out, part, pool)
         less = part_offset(rows, side, part, pool, offsets)
         for at, index in blocks:
-            codec.encode(pool, index, [section[at] for section in sections], less.rows(at) if less else None)
+            constants = Less(less.rows(at), less.constants.scale) if less else None
+            codec.encode(pool, index, [section[at] for section in sections], constants)
     return out
 
 
@@ -63,7 +65,7 @@ def unpack(
         less = part_offset(rows, side, part, pool, offsets)
         for at, index in blocks:
             decoded = codec.decode([section[at] for section in sections])
-            put(pool, index, decoded.add_(less.rows(at)) if less else decoded)
+            put(pool, index, decoded.mul_(less.constants.inverse).add_(less.rows(at)) if less else decoded)
 
 
 Blocks = list[tuple[slice, Index]]  # place among a part's rows, place in the pool

@@ -1,30 +1,38 @@
-"""Measure key offsets (`kvcache/key_offsets.py`): the mean of keys before RoPE, where subtracting it helps.
+"""Measure key offsets (`kvcache/key_offsets.py`): the mean of keys before RoPE, and key scales, where these help.
 
 The keys of prefill's KV are rotated back, so this needs to know nothing of a model family but its RoPE. A head gets
-zeros if its mean does not lower the error on held-out text, or is not finite.
+zeros if its mean does not lower the error on held-out text, or is not finite; and scales of 1 if others do not lower
+the error of queries' products with its keys there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs import get_codec
+from pdtrim_deploy.kvcache.codecs.base import Less
+from pdtrim_deploy.kvcache.key_constants import KeyConstants
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, rotary_table, rotate
 from pdtrim_deploy.kvchoice.base import Progress
+from pdtrim_deploy.kvchoice.key_scales import exponents, pair_sums, query_squares
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, Code, row_sections
 
 STATIC = ("default", "linear", "llama3", "yarn")  # RoPE types whose angles depend on the position alone
-WORTH = 0.98  # share of the squared error that must remain at most, else a mean is not worth its arithmetic
-KEPT_BACK = 4  # one sequence in so many is held out, to test whether a mean helps
+WORTH = 0.98  # share of the squared error that may remain, else a mean, or scales, are not worth their arithmetic
+KEPT_BACK = 4  # one sequence in so many is held out, to test whether they help
 FIRST = 1  # rows left out of the mean: the attention sink differs in magnitude
 FAR = 4096  # positions up to which our rotation is compared with the model's
 TOLERANCE = 1e-5
+
+
+Pairs = tuple[tuple[tuple[float, float], ...], ...]
 
 
 class Rotary(NamedTuple):
@@ -36,13 +44,19 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """`offsets`: None if no head has one; `errors`: RMS error of int4 on held-out keys, by layer of decode.
+    """What was measured, on held-out text for keys in int4; of each layer of decode `[kv_heads]` pairs.
 
-    Each entry is `[kv_heads]` pairs: without and with the mean subtracted.
+    Attributes:
+        offsets: None if no head has any.
+        errors: RMS error of a channel of a key, without and with the mean subtracted.
+        product_errors: RMS error of a query's product with a key, less the mean where that helps: without and with key
+            scales.
+
     """
 
     offsets: KeyOffsets | None
-    errors: tuple[tuple[tuple[float, float], ...], ...]
+    errors: Pairs
+    product_errors: Pairs
 
 
 def rotary_of(model: Any, head_dim: int) -> Rotary | None:
@@ -75,29 +89,45 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
     rotary = rotary_of(oracle.prefill_model, model.head_dim)
     if rotary is None:
         progress("key offsets: none, because they do not support this model's type of RoPE")
-        return Measured(None, ())
+        return Measured(None, (), ())
     if len(sequences) == 1:
         sequences = sequences[:, : sequences.shape[1] // 2 * 2].view(2, -1)
     back = max(1, len(sequences) // KEPT_BACK)
-    total, count = torch.zeros(layers, model.num_kv_heads, model.head_dim, dtype=torch.float64), 0
+    read, held_out = sequences[:-back], sequences[-back:]
+    sums = torch.zeros(2, layers, model.num_kv_heads, model.head_dim, dtype=torch.float64)
     table = rotary_table(torch.arange(sequences.shape[1]), *rotary)[FIRST:]
     cos, sin = (part[:, None] for part in table.chunk(2, -1))
-    for state in _states(oracle, sequences[:-back], progress, "key offsets: means"):
+    for state in _states(oracle, read, progress, "key offsets: means"):
         for layer, keys in enumerate(_keys(oracle, state)):
-            total[layer] += rotate(keys.float(), cos, -sin).sum(0, dtype=torch.float64)
-        count += len(table)
-    means = (total / count / rotary.scaling**2).float()
-    squares = torch.zeros(layers, model.num_kv_heads, 2, dtype=torch.float64)
-    for state in _states(oracle, sequences[-back:], progress, "key offsets: errors"):
+            plain = rotate(keys.float(), cos, -sin)
+            sums[:, layer] += torch.stack(
+                [plain.sum(0, dtype=torch.float64), plain.square().sum(0, dtype=torch.float64)]
+            )
+    first, second = sums / (len(read) * len(table))
+    first, second = first / rotary.scaling**2, second / rotary.scaling**4
+    means, queries = first.float(), query_squares(oracle, read)
+    powers = [exponents(queries, pair_sums(squares)) for squares in (second, second - first.square())]
+    none = torch.zeros_like(powers[0][0])
+    # Of keys whole and less their mean (first index), without key scales and with (second): squares of keys' errors,
+    # and of products'.
+    errors = torch.zeros(2, 2, layers, model.num_kv_heads, 2, dtype=torch.float64)
+    for state in _states(oracle, held_out, progress, "key offsets: errors"):
         for layer, keys in enumerate(_keys(oracle, state)):
-            squares[layer, :, 0] += _squares(keys, None)
-            squares[layer, :, 1] += _squares(keys, rotate(means[layer], cos, sin))
-    helps = squares[..., 1] < WORTH * squares[..., 0]
-    chosen = {layer: means[layer] * helps[layer, :, None] for layer in range(layers) if helps[layer].any()}
-    rms = (squares / (back * len(table) * model.head_dim)).sqrt()
-    errors = tuple(tuple((without, with_offsets) for without, with_offsets in heads) for heads in rms.tolist())
-    progress(f"key offsets: help {int(helps.sum())} of {helps.numel()} KV heads")
-    return Measured(KeyOffsets.make(chosen, *rotary) if chosen else None, errors)
+            for less, with_scales in product(range(2), range(2)):
+                constants = KeyConstants.of(means[layer] * less, powers[less][layer] if with_scales else none)
+                squares = _squares(keys, constants, (cos, sin))
+                by_products = (pair_sums(squares) * queries[layer]).sum(-1) / 2
+                errors[less, with_scales, layer] += torch.stack([squares.sum(-1), by_products], -1)
+    helps = errors[1, 0, ..., 0] < WORTH * errors[0, 0, ..., 0]
+    of_products = torch.where(helps, errors[1, ..., 1], errors[0, ..., 1])
+    scaled = of_products[1] < WORTH * of_products[0]
+    chosen = [layer for layer in range(layers) if (helps | scaled)[layer].any()]
+    kept = torch.where(helps[..., None], means, 0.0)
+    steps = torch.where(helps[..., None], powers[1], powers[0]) * scaled[..., None]
+    progress(f"key offsets: means help {int(helps.sum())}, key scales {int(scaled.sum())} of {helps.numel()} KV heads")
+    offsets = KeyOffsets.make({x: kept[x] for x in chosen}, *rotary, {x: steps[x] for x in chosen}) if chosen else None
+    rows = back * len(table)
+    return Measured(offsets, _pairs(errors[:, 0, ..., 0] / (rows * model.head_dim)), _pairs(of_products / rows))
 
 
 def _states(oracle: PDOracle, sequences: Tensor, progress: Progress, name: str) -> Iterator[PrefillState]:
@@ -113,15 +143,20 @@ def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:
         yield state.keys[source][FIRST:].cpu()
 
 
-def _squares(keys: Tensor, less: Tensor | None) -> Tensor:
-    """float64 `[kv_heads]`: squared error of keys in int4, or in int8 if the head size does not allow int4."""
+def _squares(keys: Tensor, constants: KeyConstants, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """float64 `[kv_heads, head_dim]`: squared error of keys in int4, or int8 if the head size does not allow int4."""
     rows, heads, dim = keys.shape
     code: Code = "int4" if dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
     sections = [
         torch.empty(rows, heads, kind.per_head, dtype=getattr(torch, kind.dtype))
         for kind in row_sections(code, "float32", dim)
     ]
-    codec = get_codec(code)
-    codec.encode(keys, slice(0, rows), sections, less)
-    back = codec.decode(sections) if less is None else codec.decode(sections) + less
-    return (back.to(keys.dtype).float() - keys.float()).square().sum((0, 2), dtype=torch.float64)
+    codec, offset = get_codec(code), rotate(constants.mean, *turn)
+    codec.encode(keys, slice(0, rows), sections, Less(offset, constants.scale))
+    back = codec.decode(sections) * constants.inverse + offset
+    return (back.to(keys.dtype).float() - keys.float()).square().sum(0, dtype=torch.float64)
+
+
+def _pairs(squares: Tensor) -> Pairs:
+    """`[2, layers, kv_heads]` -> roots, by layer and KV head in pairs."""
+    return tuple(tuple((before, after) for before, after in heads) for heads in squares.sqrt().movedim(0, -1).tolist())

@@ -92,6 +92,11 @@ class PDOracle:
         model = self.plan.model
         return None if model.pool_dtype == "native" else getattr(torch, model.row_dtype)
 
+    @property
+    def decode_offsets(self) -> KeyOffsets | None:
+        """What decode puts back: the plan's key offsets."""
+        return self.offsets
+
     def parts_at_once(self, batch: int, tokens: int, kv_bytes: int) -> int:
         """How many batches of prompts may go side by side: as many as `kv_bytes` hold, and one at least.
 
@@ -155,7 +160,7 @@ class PDOracle:
         layout, device = chunk_layout(self.plan, state.tokens), state.logits.device
         for slots in torch.arange(state.batch * state.tokens, device=device).view(state.batch, state.tokens):
             packed = pack(layout, state.keys, state.values, slots, offsets=self.offsets)
-            unpack(layout, packed, keys, values, slots, self.offsets)
+            unpack(layout, packed, keys, values, slots, self.decode_offsets)
         dtype, pool, held = self.decode_model.dtype, self.fp8_pool, []
         for send, k, v in zip(self.plan.kv, keys, values, strict=True):
             ranges = send.row_ranges(state.tokens)

@@ -157,7 +157,8 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
         length = kv.prompt_tokens + healing.length // 2
         lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
     if kv.measures_offsets and plan.model.offsets_keys:
-        lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
+        tokens = f"{kv.sequences} x {kv.prompt_tokens} tokens of {corpus}"
+        lines.append(f"- Means of keys before RoPE, and key scales, measured on {tokens}")
     if recipe.target is not None or plan.unified:
         return lines
     if kv.method in FIXED_KV:

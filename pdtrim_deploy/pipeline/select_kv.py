@@ -69,8 +69,17 @@ def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
     section = context.recipe.kv
     length = min(section.prompt_tokens, context.checkpoint.facts.max_positions)
     measured = measure(oracle, context.calibration(section.sequences, length, length), context.note)
-    errors = dict(zip(oracle.plan.decode_kv_blocks, measured.errors, strict=False))
-    write_json(context.out / OFFSETS, {"rms_error_of_int4_keys": errors, "of_each_kv_head": ["whole", "less the mean"]})
+    sides = (measured.errors, measured.product_errors)
+    keys, products = (dict(zip(oracle.plan.decode_kv_blocks, side, strict=False)) for side in sides)
+    write_json(
+        context.out / OFFSETS,
+        {
+            "rms_error_of_int4_keys": keys,
+            "of_each_kv_head": ["whole", "less the mean"],
+            "rms_error_of_query_times_key": products,
+            "of_each_kv_head_then": ["without key scales", "with key scales"],
+        },
+    )
     return measured.offsets
 
 

@@ -87,16 +87,29 @@ class KVSend(Frozen):
 
 
 class KeyOffsetsFile(Frozen):
-    """KV layers of decode whose quantised keys have an offset subtracted, and the file of offsets that both ends have.
+    """KV layers of decode whose quantised keys travel less an offset, and the file of offsets that both ends have.
 
     Attributes:
         sha256: of the file's bytes, 64 hex digits (`kvcache/key_offsets.py`).
         layers: of decode, ascending.
+        scaled: whether the file has key scales too; absent from JSON, and so from digests, when not. Versions that know
+            no key scales refuse such a plan.
 
     """
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    scaled: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_scaled(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files without key scales read as they did before there were any."""
+        return {key: value for key, value in serialise(self).items() if key != "scaled" or value}
+
+    @property
+    def form(self) -> str:
+        """How keys travel, for readers."""
+        return "keys less their mean, scaled" if self.scaled else "keys less their mean"
 
     @model_validator(mode="after")
     def _ascending(self) -> KeyOffsetsFile:

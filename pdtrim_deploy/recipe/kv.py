@@ -61,8 +61,9 @@ class KVSection(Section):
             sequences: the mean harm over all lengths counts, and the reduction is reached at each of them.
         recall: share of the sequences whose end repeats a passage of their middle, so that the harm also covers
             prompts that are searched for a fact (`kvchoice/recall.py`).
-        key_offsets: subtract the mean key, measured on the prompts, from quantised keys, in the KV heads where this
-            lowers the error (`kvcache/key_offsets.py`).
+        key_offsets: subtract the mean key from keys that are quantised, and scale their channels by what queries read
+            of them; both are measured on the prompts, and left out in KV heads where they do not lower the error
+            (`kvcache/key_offsets.py`).
         pool_dtype: of both workers' KV pools, SGLang's `--kv-cache-dtype`; native: `model.dtype`. What is chosen, is
             chosen on rows that such pools hold.
 

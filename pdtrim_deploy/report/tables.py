@@ -26,7 +26,7 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
         if block in layer_of:
             send = plan.kv[layer_of[block]]
             size = plan.layer_bytes(layer_of[block], prompt_tokens)
-            less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
+            less = f", {plan.key_offsets.form}" if plan.key_offsets and plan.has_key_offset(layer_of[block]) else ""
             cells += [f"{send.row_names}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
         elif plan.model.states and block in plan.model.states.blocks:
             cells += ["a state, native", "", f"{plan.model.state_bytes // len(plan.model.states.blocks):,}"]

@@ -10,7 +10,7 @@ from pdtrim_deploy.evaluation.fidelity import check, sensitivity
 from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
-from pdtrim_deploy.evaluation.fidelity.controls import controls, wrong_oracles
+from pdtrim_deploy.evaluation.fidelity.controls import WrongScales, controls, wrong_oracles
 from pdtrim_deploy.kvchoice.offsets import measure
 from pdtrim_deploy.models.oracle import PrefillState
 from pdtrim_deploy.plan import KVSend
@@ -88,17 +88,18 @@ def test_a_server_with_a_wrong_plan_fails(model, kv):
         assert any("prompt is off by" in problem for problem in result.problems), name
 
 
-def test_a_server_without_key_offsets_is_told_apart():
+def test_a_server_without_key_offsets_or_with_scales_left_in_is_told_apart():
     model = biased()
     oracle = make_oracle(model, make_plan())
     oracle = oracle.with_offsets(measure(oracle, text(8, 48), lambda _: None).offsets)
     oracle = oracle.with_kv((KVSend(wire_dtype="int4"),) * BLOCKS)
     right = judge(oracle, serve(oracle))
     assert right.passed, right.problems
-    assert "no key offsets" in right.controls_detected
+    assert {"no key offsets", "key scales left in"} <= right.controls_detected.keys()
     assert right.controls_detected.keys() == wrong_oracles(oracle, 129).keys()
-    wrong = judge(oracle, serve(oracle.with_offsets(None)))
-    assert any("prompt is off by" in problem for problem in wrong.problems)
+    for server in (oracle.with_offsets(None), WrongScales(oracle)):
+        wrong = judge(oracle, serve(server))
+        assert any("prompt is off by" in problem for problem in wrong.problems)
 
 
 def test_what_is_allowed_follows_what_rounding_does(model, monkeypatch):

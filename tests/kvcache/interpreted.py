@@ -154,10 +154,7 @@ def test_a_range_of_a_pools_heads(wire, first):
     """Those of one rank of a stage with more ranks: only they are read, and only they written."""
     model, part = shape(2, 5, 32, "bfloat16"), shape(2, 2, 32, "bfloat16")
     known = random_offsets(model, [0, 1])
-    offsets = type(known)(
-        {layer: mean[first : first + 2].contiguous() for layer, mean in known.means.items()},
-        known.frequencies, known.scaling, known.data,
-    )  # fmt: skip
+    offsets = known.heads(range(first, first + 2))
     plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),) * 2).with_key_offsets(known.file)
     layout, slots = chunk_layout(plan, 9, kv_heads=part.num_kv_heads), torch.randperm(12)[:9]
     whole = [pools(2, 12, model, side) for side in range(2)]

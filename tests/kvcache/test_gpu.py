@@ -97,7 +97,7 @@ def test_machine_code(codes, dtype, dim, heads, capability, pack, tmp_path, monk
     command = [get_ptxas(capability).path, "-v", "--fmad=false", f"-arch={arch}", "-o", os.devnull, str(source)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in usage
-    assert int(re.search(r"Used (\d+) registers", usage)[1]) <= 184  # 255 is where spills begin
+    assert int(re.search(r"Used (\d+) registers", usage)[1]) <= 200  # 255 is where spills begin
 
 
 def test_layers_of_a_chunk_may_lie_anywhere_in_it():

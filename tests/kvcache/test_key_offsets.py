@@ -1,14 +1,18 @@
-"""Key offsets: what they do to errors, whose heads they are of, what is refused; their rotation is the model's."""
+"""Key offsets and key scales: what they do to errors, whose heads they are of, what is refused; RoPE is the model's."""
+
+import hashlib
 
 import pytest
 import torch
 import transformers
 from packcases import plain_offset, random_offsets, shape
 from ropes import ROPES
+from safetensors.torch import load, save
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.key_constants import MAX_EXPONENT, STEPS, KeyConstants
 from pdtrim_deploy.kvcache.key_offsets import LEAST_POSITIONS, KeyOffsets, rotate
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
@@ -23,7 +27,7 @@ TOKENS, START = 96, 700
 
 def case(wire, heads=2, dim=64, dtype="float32", size=100.0):
     plan = PDPlan.dense(shape(1, heads, dim, dtype)).with_kv((KVSend(wire_dtype=wire),))
-    offsets = random_offsets(plan.model, [0], size=size)
+    offsets = random_offsets(plan.model, [0], size=size, most=0)
     return plan, plan.with_key_offsets(offsets.file), offsets
 
 
@@ -126,7 +130,8 @@ def test_the_file_is_read_where_it_is_the_plans_and_refused_elsewhere(tmp_path):
     (tmp_path / KEY_OFFSETS).write_bytes(offsets.data)
     restored = KeyOffsets.read(tmp_path, plan)
     assert restored.file == offsets.file == plan.key_offsets
-    assert torch.equal(restored.means[0], offsets.means[0])
+    assert torch.equal(restored.layers[0].values, offsets.layers[0].values)
+    assert (restored.layers[0].scale != 1).any()
     assert torch.equal(restored.table(9), offsets.table(9))
     changed = bytearray(offsets.data)
     changed[-1] ^= 1
@@ -137,6 +142,67 @@ def test_the_file_is_read_where_it_is_the_plans_and_refused_elsewhere(tmp_path):
     more = plan.model_copy(update={"model": shape(1, 8, 64)})
     with pytest.raises(UserError, match=r"has means of \(1, 2, 64\), which are not the plan's model's"):
         KeyOffsets.read(tmp_path, more)
+    without_scales = plan.with_key_offsets(plan.key_offsets.model_copy(update={"scaled": False}))
+    assert (KeyOffsets.read(tmp_path, without_scales).layers[0].scale == 1).all()  # the plan says what counts
+
+
+def test_a_file_of_wrong_key_scales_is_refused(tmp_path):
+    _, plan, offsets = case("int4")
+    for powers in (torch.full((2, 32), MAX_EXPONENT + 1), torch.ones(2, 16)):
+        wrong = KeyOffsets.make({0: offsets.layers[0].mean}, offsets.frequencies, 1.0, {0: torch.ones(2, 32)})
+        tensors = load(wrong.data) | {"exponents": powers[None].to(torch.int8)}
+        (tmp_path / KEY_OFFSETS).write_bytes(data := save(tensors))
+        file = wrong.file.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+        with pytest.raises(UserError, match="has key scales that are not its means'; copy it"):
+            KeyOffsets.read(tmp_path, plan.with_key_offsets(file))
+    (tmp_path / KEY_OFFSETS).write_bytes(offsets.data)  # no scales, whatever its plan says
+    file = offsets.file.model_copy(update={"scaled": True})
+    with pytest.raises(UserError, match="is not a file of key offsets"):
+        KeyOffsets.read(tmp_path, plan.with_key_offsets(file))
+
+
+def test_scales_of_1_make_the_file_of_no_scales():
+    mean, frequencies = {0: torch.randn(2, 64)}, torch.ones(32)
+    plain, with_ones, scaled = (
+        KeyOffsets.make(mean, frequencies, 1.0, powers)
+        for powers in (None, {0: torch.zeros(2, 32)}, {0: torch.ones(2, 32)})
+    )
+    assert plain.data == with_ones.data != scaled.data
+    assert (plain.file.scaled, with_ones.file.scaled, scaled.file.scaled) == (False, False, True)
+    assert scaled.unscaled().file.scaled is False
+    assert torch.equal(scaled.unscaled().layers[0].values, plain.layers[0].values)
+
+
+@pytest.mark.parametrize("wire", sorted({*QUANTISED} - {"fp8"}))  # whose errors follow each channel's size
+def test_errors_are_small_where_scales_are_large(wire):
+    without, _, offsets = case(wire)
+    powers = torch.tensor([2 * STEPS, -2 * STEPS]).repeat_interleave(16).expand(2, -1)
+    scaled = KeyOffsets.make({0: torch.zeros(2, 64)}, offsets.frequencies, 1.0, {0: powers})
+    plan = without.with_key_offsets(scaled.file)
+    keys = torch.randn(TOKENS, 2, 64, generator=torch.Generator().manual_seed(1))
+    squares = (sent(plan, keys, scaled) - keys).square().mean((0, 1)).view(2, 2, 16).mean((0, 2))
+    assert 50 < squares[1] / squares[0] < 350  # 4^4, but that a coarse level also errs in proportion to a value
+
+
+def test_scales_are_quarter_powers_of_two():
+    every = torch.arange(-MAX_EXPONENT, MAX_EXPONENT + 1).to(torch.int8)[None]
+    scale, inverse = KeyConstants.of(torch.zeros(1, 2 * every.shape[1]), every).values[1:]
+    expected = torch.exp2(every.double() / 4).repeat(1, 2)
+    torch.testing.assert_close(scale.double(), expected, rtol=2.0**-23, atol=0)
+    torch.testing.assert_close(inverse.double(), 1 / expected, rtol=2.0**-23, atol=0)
+    whole = slice(0, every.shape[1], STEPS)
+    assert torch.equal(scale[:, whole].double(), expected[:, whole])
+
+
+@pytest.mark.parametrize("wire", ["int8", "fp8"])
+def test_one_scale_for_all_channels_changes_nothing(wire):
+    """And none of what is done to a key rounds it."""
+    without, _, offsets = case(wire)
+    keys = torch.randn(TOKENS, 2, 64)
+    for power in (-3, 5):
+        powers = torch.full((2, 32), power * STEPS)
+        scaled = KeyOffsets.make({0: torch.zeros(2, 64)}, offsets.frequencies, 1.0, {0: powers})
+        assert torch.equal(sent(without.with_key_offsets(scaled.file), keys, scaled), sent(without, keys))
 
 
 def test_a_table_that_grew_begins_as_before():

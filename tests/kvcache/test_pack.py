@@ -17,17 +17,18 @@ from pdtrim_deploy.plan.wire import SIDES, SINK_ROWS, WIRE_DTYPES, rotated_group
 UNTOUCHED = -9.0
 
 
-def check_bound(code, sent, got, offset=0.0):
+def check_bound(code, sent, got, offset=0.0, scale=1.0):
     """Error of rows `[n, heads, dim]` against what the codec's docstring promises, and the pool's own rounding.
 
-    With an `offset` the codec has the rows less that: its promise is of those.
+    With an `offset` and a `scale` the codec has the rows less the one, times the other: its promise is of those.
     """
     eps = {
         torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10,
         torch.float8_e4m3fn: 2.0**-4, torch.float8_e5m2: 2.0**-3,
     }[sent.dtype]  # fmt: skip
     least = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17}.get(sent.dtype, 2.0**-25)  # half of a step
-    whole, got = sent.double(), got.double()
+    whole, got, offset = sent.double() * scale, got.double() * scale, offset * scale
+    least *= float(torch.as_tensor(scale).max())
     sent = whole - offset
     assert torch.isfinite(got).all()
     largest, norm = sent.abs().amax(-1, keepdim=True), sent.norm(dim=-1, keepdim=True)
@@ -80,10 +81,11 @@ def test_chunks_move_exactly_the_planned_rows(data, case, tokens):
             got, code = target[side][layer][to_slots[positions]], SIDES[send.wire_dtype][side]
             sinks = min(SINK_ROWS[code], len(rows)) if positions[0] == 0 else 0
             assert torch.equal(got[:sinks].float(), rows[:sinks].float())
-            offset = (
-                plain_offset(offsets, layer, positions)[sinks:] if side == 0 and plan.has_key_offset(layer) else 0.0
-            )
-            check_bound(code, rows[sinks:], got[sinks:], offset)
+            less = (0.0, 1.0)
+            if side == 0 and plan.has_key_offset(layer):
+                scale = offsets.layers[layer].scale.double()
+                less = (plain_offset(offsets, layer, positions)[sinks:], scale)
+            check_bound(code, rows[sinks:], got[sinks:], *less)
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,13 +16,13 @@ from pdtrim_deploy.plan.wire import CODES
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.data(), cases(), st.integers(1, 20))
-def test_every_row_of_a_chunk_is_in_one_run(data, case, tokens):
+@given(st.data(), cases(), st.integers(1, 20), st.booleans())
+def test_every_row_of_a_chunk_is_in_one_run(data, case, tokens, pack):
     plan, offsets = case
     source = [pools(len(plan.prefill_layers), tokens, plan.model, side) for side in range(2)]
     for start, stop in data.draw(cuts(tokens)):
         layout = chunk_layout(plan, tokens, start, stop)
-        tables = chunk_tables(layout, *source, offsets, pack=True)
+        tables = chunk_tables(layout, *source, offsets, pack=pack)
         if not layout.layers:
             assert not tables
             continue
@@ -31,7 +31,7 @@ def test_every_row_of_a_chunk_is_in_one_run(data, case, tokens):
         runs = iter(dict(zip(FIELDS, run, strict=True)) for run in table.runs.tolist())
         for rows in layout.layers:
             for side, parts in enumerate(rows.sides):
-                pool = source[side][rows.prefill_layer]
+                pool = source[side][rows.prefill_layer if pack else rows.decode_layer]
                 for part in parts:
                     codes, *scales = (section.view(torch.uint8) for section in part_sections(packed, part, pool))
                     row = 0
@@ -44,7 +44,10 @@ def test_every_row_of_a_chunk_is_in_one_run(data, case, tokens):
                         assert run["codes"] == part.offset + row * codes[0].numel()
                         for scale in scales:
                             assert run["scales"] == part.offset + codes.numel() + row * scale[0].numel()
-                        assert bool(run["mean"]) == (side == 0 and part.code != "native" and rows.key_offset)
+                        known = 0
+                        if side == 0 and part.code != "native" and rows.key_offset:
+                            known = offsets.layers[rows.decode_layer].values.data_ptr()
+                        assert run["mean"] == known
                         row += run["rows"]
                     assert row == part.rows
         assert next(runs, None) is None

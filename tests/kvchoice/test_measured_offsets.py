@@ -1,16 +1,19 @@
-"""Key offsets measured on models whose keys hold a constant, and on some whose keys hold none."""
+"""Key offsets and scales measured on models whose keys hold a constant, or matter more in some channels; or neither."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ropes import ROPES
-from tinypd import BLOCKS, DIM, KV_HEADS, biased, make_oracle, make_plan, text, tiny
+from tinypd import BLOCKS, DIM, FAMILIES, HEADS, KV_HEADS, biased, make_oracle, make_plan, text, tiny
 
+from pdtrim_deploy.kvcache.key_constants import MAX_EXPONENT, STEPS
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, rotate
 from pdtrim_deploy.kvchoice import Problem
 from pdtrim_deploy.kvchoice.budget.effects import Measure
+from pdtrim_deploy.kvchoice.key_scales import exponents, pair_sums, query_squares
 from pdtrim_deploy.kvchoice.offsets import measure
+from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
 
@@ -45,7 +48,7 @@ def test_means_are_those_of_keys_before_rope(rope):
         model(ids[:3])
     for layer, block in enumerate(plan.decode_layers):  # three of four sequences, less their first tokens
         mean = seen[block][:, 1:].flatten(0, 1).mean(0).view(KV_HEADS, DIM)
-        torch.testing.assert_close(offsets.means[layer], mean, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(offsets.layers[layer].mean, mean, rtol=1e-4, atol=1e-3)
 
 
 def test_errors_say_what_it_brings(measured):
@@ -86,10 +89,18 @@ def test_an_oracle_has_the_offsets_of_its_plan_and_no_others(model, measured):
 
 
 class FixedKeys:
-    """An oracle's prefill that makes given keys `[sequences, layers, tokens, heads, dim]`, RoPE included."""
+    """An oracle whose prefill makes given keys `[sequences, layers, tokens, heads, dim]`, RoPE included.
 
-    def __init__(self, model, keys):
-        self.prefill_model, self.plan, self._keys = model, make_plan(), iter(keys)
+    Queries are zero, so that no scale helps, unless channels of pair 0 are to have `queries` times the others'.
+    """
+
+    def __init__(self, model, keys, queries=None):
+        self.prefill_model = self.decode_model = model
+        self.plan, self._keys, self.decode = make_plan(), iter(keys), Blockwise(model)
+        for layer in model.model.layers:
+            weight = layer.self_attn.q_proj.weight.data.view(HEADS, 2, DIM // 2, -1)
+            weight[:, :, 0] *= queries or 0.0
+            weight *= queries is not None
 
     def prefill(self, _):
         return SimpleNamespace(keys=tuple(next(self._keys)))
@@ -106,10 +117,90 @@ def test_heads_without_a_constant_have_none_and_layers_of_such_heads_are_left_ou
     keys[:, 4, :, 0, 3] = torch.nan
     offsets = measure(FixedKeys(model, keys), text(20, LONG), silent).offsets
     assert offsets.file.layers == (2,)
-    assert not offsets.means[2][0].any()
-    torch.testing.assert_close(offsets.means[2][1], constant, rtol=0, atol=0.3)
+    assert not offsets.layers[2].mean[0].any()
+    torch.testing.assert_close(offsets.layers[2].mean[1], constant, rtol=0, atol=0.3)
 
 
 def test_a_model_whose_keys_hold_no_constant_has_no_offsets():
     keys = torch.randn(20, BLOCKS, LONG, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
     assert measure(FixedKeys(tiny("Llama"), keys), text(20, LONG), silent).offsets is None
+
+
+def test_channels_that_queries_read_most_have_the_largest_scales():
+    keys = torch.randn(8, BLOCKS, LONG, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    keys[:, 1, :, 0] = torch.nan
+    measured = measure(FixedKeys(tiny("Llama"), keys, queries=30.0), text(8, LONG), silent)
+    scaled = [(layer, head) for layer in range(BLOCKS) for head in range(KV_HEADS) if (layer, head) != (1, 0)]
+    for layer, head in scaled:
+        constants = measured.offsets.layers[layer]
+        assert not constants.mean.any()
+        pairs = constants.scale[head].view(2, -1)
+        assert torch.equal(pairs[0], pairs[1])
+        torch.testing.assert_close(constants.inverse[head] * constants.scale[head], torch.ones(DIM))
+        assert pairs[0, 0] >= 2 * pairs[0, 1:].max()
+        without, with_scales = measured.product_errors[layer][head]
+        assert with_scales < 0.8 * without
+    assert (measured.offsets.layers[1].scale[0] == 1).all()
+    assert measured.offsets.file.scaled
+
+
+def test_product_errors_are_those_of_products():
+    """Of random queries as large as the model's, with keys as they come back."""
+    oracle, ids = make_oracle(biased(5.0), make_plan()), text(4, 200)
+    measured = measure(oracle, ids, silent)
+    offsets = measured.offsets
+    squares = query_squares(oracle, ids[:3])
+    state = oracle.prefill(ids[3:])
+    for scales, with_offsets in ((1, offsets), (0, offsets.unscaled())):
+        sending = oracle.with_offsets(with_offsets).with_kv((KVSend(wire_dtype="int4"),) * BLOCKS)
+        held = sending.hand_over(state)
+        for layer in range(BLOCKS):
+            apart = (held[layer].keys[0].transpose(0, 1) - state.keys[layer])[1:].double()
+            sizes = squares[layer].repeat(1, 2) / 2
+            random = (
+                torch.randn(4000, KV_HEADS, DIM, generator=torch.Generator().manual_seed(1)).double() * sizes.sqrt()
+            )
+            product = torch.einsum("qhd,thd->hqt", random, apart).square().mean((1, 2)).sqrt()
+            known = torch.tensor([pair[scales] for pair in measured.product_errors[layer]], dtype=torch.float64)
+            torch.testing.assert_close(product, known, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_are_as_large_as_attention_sees_them(family, monkeypatch):
+    model, seen = tiny(family), []
+    usual = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *a, **k: seen.append(query) or usual(query, *a, **k),
+    )
+    oracle = make_oracle(model, make_plan(decode=(1,)))
+    squares = query_squares(oracle, text(2, 16))
+    assert not any(module._forward_hooks for module in model.modules())
+    by_layer = [torch.cat(seen[2 * at : 2 * at + 2]) for at in range(BLOCKS - 1)]
+    for layer, query in enumerate(by_layer):  # behind RoPE, which leaves sums of pairs as they are
+        expected = query.square().mean((0, 2)).view(KV_HEADS, HEADS // KV_HEADS, DIM).mean(1)
+        torch.testing.assert_close(squares[layer].float(), pair_sums(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_a_family_whose_queries_cannot_be_seen_has_no_scales(monkeypatch):
+    monkeypatch.setattr("pdtrim_deploy.kvchoice.key_scales.SOURCES", ("no_such_module",))
+    oracle = make_oracle(biased(), make_plan())
+    assert not query_squares(oracle, text(2, 16)).any()
+    offsets = measure(oracle, text(8, 48), silent).offsets
+    assert not offsets.file.scaled
+    assert offsets.file.layers == tuple(range(BLOCKS))
+
+
+def test_exponents_are_of_the_fourth_root_and_bounded():
+    ones = torch.ones(1, 4, dtype=torch.float64)
+    queries = torch.tensor([[2.0**8, 2.0**-8, 2.0**4, 2.0**-4]], dtype=torch.float64)
+    assert STEPS == 4
+    assert exponents(queries, ones).tolist() == [[8, -8, 4, -4]]
+    assert exponents(ones, queries).tolist() == [[-8, 8, -4, 4]]
+    assert exponents(7 * queries, 3 * ones).tolist() == [[8, -8, 4, -4]]
+    far = exponents(torch.tensor([[1e30, 1.0, 1.0, 1.0]]), torch.tensor([[1.0, 1e30, 1e30, 1e30]]))
+    assert far.tolist() == [[MAX_EXPONENT, -15, -15, -15]]
+    for odd in (0.0 * ones, torch.nan * ones):
+        assert not exponents(odd, ones).any()
+        assert not exponents(ones, odd).any()

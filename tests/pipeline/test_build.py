@@ -133,9 +133,10 @@ def test_offsets_of_quantised_keys_lie_in_bundle_and_stages(
     for folder in (bundle.path, bundle.prefill_dir, bundle.decode_dir):
         offsets = KeyOffsets.read(folder, plan)
         assert offsets is not None
-        assert offsets.means[0].shape == (2, 16)
-    errors = json.loads((bundle.reports_dir / "key-offsets.json").read_text())["rms_error_of_int4_keys"]
-    assert list(errors) == [str(block) for block in plan.decode_layers]
+        assert offsets.layers[0].mean.shape == offsets.layers[0].scale.shape == (2, 16)
+    report = json.loads((bundle.reports_dir / "key-offsets.json").read_text())
+    errors = report["rms_error_of_int4_keys"]
+    assert list(errors) == list(report["rms_error_of_query_times_key"]) == [str(block) for block in plan.decode_layers]
     assert all(less < whole for heads in errors.values() for whole, less in heads)
     assert make(path, tmp_path / "b", cache)[1] == []
 

@@ -197,6 +197,15 @@ def test_key_offsets_are_part_of_the_plan():
     assert with_offsets.with_key_offsets(None) == OLD
 
 
+def test_key_scales_are_part_of_the_plan_and_absent_where_there_are_none():
+    """Versions that know none refuse the plan for a key that they do not know."""
+    scaled = OLD.with_key_offsets(OFFSETS.model_copy(update={"scaled": True}))
+    assert PDPlan.parse(json.loads(scaled.canonical_json()), "x") == scaled
+    assert scaled.digest != OLD.with_key_offsets(OFFSETS).digest
+    assert list(OLD.with_key_offsets(OFFSETS).model_dump(mode="json")["key_offsets"]) == ["sha256", "layers"]
+    assert (scaled.key_offsets.form, OFFSETS.form) == ("keys less their mean, scaled", "keys less their mean")
+
+
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [

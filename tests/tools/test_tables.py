@@ -43,8 +43,12 @@ def test_a_figure_that_changes_changes_its_page(tool, tmp_path):
     for path in tool.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     changed = json.loads((tool.RESULTS / "wire.json").read_text())
-    rows = (row for row in changed["rows"] if row["wire"] == "k4v3" and row["key_offsets"])
-    next(rows)["ratio"] = 1.5
+    *_, last = (
+        row
+        for row in changed["rows"]
+        if (row["model"], row["wire"], row.get("corpus", "brown")) == ("SmolLM2-135M", "k4v3", "brown")
+    )
+    last["ratio"] = 1.5
     (tmp_path / "wire.json").write_text(json.dumps(changed))
     readme = (ROOT / "README.md").read_text()
     assert "| 50.0% ± 0.5%" in tool.written(readme, tmp_path)
@@ -143,27 +147,31 @@ def test_a_table_of_a_models_figures_says_what_its_weights_are(tool, name):
 
 
 def rows_of(*shapes):
-    names = ("model", "wire", "key_offsets", "ratio")
-    return [dict(zip(names, shape, strict=True)) | {"reduction": 4.24, "error": 0.001, "kl": 0.01} for shape in shapes]
+    names, later = ("model", "corpus", "wire", "keys", "ratio"), {"kl_change": -0.002, "kl_change_error": 0.0005}
+    rows = [dict(zip(names, shape, strict=True)) | {"reduction": 4.24, "error": 0.001, "kl": 0.01} for shape in shapes]
+    return [row | later if row["keys"] != "whole" else row for row in rows]
 
 
-def test_wire_dtypes_of_several_models_with_key_offsets_and_without(tool):
+def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
+    qwen = "Qwen2.5-Coder-0.5B"
     rows = rows_of(
-        ("SmolLM2-135M", "k4v3", False, 1.007), ("SmolLM2-135M", "k4v3", True, 1.006),
-        ("Qwen2.5-Coder-0.5B", "k4v3", False, 1.326), ("Qwen2.5-Coder-0.5B", "k4v3", True, 1.015),
-        ("Qwen2.5-Coder-0.5B", "native", False, 1.0),
+        ("SmolLM2-135M", "brown", "k4v3", "whole", 1.007), ("SmolLM2-135M", "brown", "k4v3", "scaled", 1.006),
+        (qwen, "brown", "k4v3", "whole", 1.326), (qwen, "brown", "k4v3", "less mean", 1.017),
+        (qwen, "brown", "k4v3", "scaled", 1.015), (qwen, "code", "k4v3", "whole", 1.5),
+        (qwen, "code", "k4v3", "scaled", 1.4), (qwen, "brown", "native", "whole", 1.0),
     )  # fmt: skip
     options = {"seed": 0, "sequences": 24, "continuation": 64, "prompt": 448, "split": "final"}
     text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
-    assert "perplexity ratio, keys whole | KL, nats | perplexity ratio, keys less their offsets | KL, nats |" in text
-    assert "| Qwen2.5-Coder-0.5B | k4v3 | 4.24x | 1.3260 ± 0.0010 | 1.0e-02 | 1.0150 ± 0.0010 | 1.0e-02 |" in text
-    assert "| Qwen2.5-Coder-0.5B | native | 4.24x | 1.0000 ± 0.0010 | 1.0e-02 | 1.0000" in text
+    cells = "1.3260 ± 0.0010, 1.0e-02 | 1.0170 ± 0.0010, 1.0e-02 | 1.0150 ± 0.0010, 1.0e-02 | -2.0e-03 ± 5.0e-04"
+    assert f"| {qwen} | brown | k4v3 | 4.24x | {cells} |" in text
+    assert f"| {qwen} | code | k4v3 | 4.24x | 1.5000 ± 0.0010" in text
+    assert f"| {qwen} | brown | native | 4.24x | 1.0000 ± 0.0010, 1.0e-02 | 1.0000" in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
-    assert "24 x 64 tokens of Brown's final split behind 448-token prompts" in text
+    assert "24 x 64 tokens of the final split of each text (brown, code) behind 448-token prompts" in text
     sources = {
         name: json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources
     }
-    more = rows_of(("SmolLM2-135M", "int4", True, 1.002), ("Qwen2.5-Coder-0.5B", "int4", True, 1.004))
+    more = rows_of(("SmolLM2-135M", "brown", "int4", "scaled", 1.002), (qwen, "brown", "int4", "scaled", 1.004))
     sources["wire"] = {"rows": [*rows, *more]}
     right = {"dense": [1, 1, 1], "uniform k4v3": [1, 0, 1]}
     answers = [{"plan": plan, "task": "humaneval", "right": values} for plan, values in right.items()]
@@ -173,13 +181,6 @@ def test_wire_dtypes_of_several_models_with_key_offsets_and_without(tool):
     cost = "0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B, which solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
-
-
-def test_wire_dtypes_of_a_file_that_names_no_model(tool):
-    rows = [{"wire_dtype": "k4v3", "reduction": 4.24, "ratio": 1.0012, "kl": 6.8e-3}]
-    text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": {"seed": 0}, "rows": rows})
-    assert "| SmolLM2-135M-Instruct | k4v3 | 4.24x | 1.0012 | 6.8e-03 |" in text
-    assert "offsets" not in text
 
 
 def test_what_training_leaves_of_kv_only_blocks(tool):

@@ -68,7 +68,8 @@ def switches(
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
         f"of {judged:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
         "CPU's. "
-        f"Model: {weights()}, computed in float32{_more(wire)}."
+        f"Model: {weights()}, computed in float32{_more(wire)}. "
+        f"Measured before keys were scaled{_scaled(wire)}."
     )
     return table(("switch", "saves", "costs", "measured"), body) + caption
 
@@ -83,6 +84,10 @@ def _more(wire: Data) -> str:
     """The other models of bench-wire."""
     names = list(uniform(wire["rows"], "k4v3"))[1:]
     return "".join(f"; {weights(name)}" for name in names)
+
+
+def _scaled(wire: Data) -> str:
+    return ", but for uniform wires' perplexity" if any(row.get("keys") == "scaled" for row in wire["rows"]) else ""
 
 
 def _loss(row: Data) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from tables.base import SMOLLM2, ratio, table, weights, where
+from tables.base import ratio, table, weights, where
 
 LENGTHS = ("128", "512", "2048")
 
@@ -67,47 +67,57 @@ def _at(rows: list[dict[str, Any]], tokens: str) -> str:
     return f"{saved:.1f}x, {loss:.3f}"
 
 
+FORMS = {"whole": "whole", "less mean": "less their mean", "scaled": "less their mean and scaled"}
+
+
 def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
-    """bench-wire's row of a wire dtype by model, with key offsets where there are both forms."""
-    of_dtype = [row for row in rows if _wire(row) == dtype]
-    return {_model(row): row for row in sorted(of_dtype, key=lambda row: row.get("key_offsets", False))}
+    """bench-wire's row of a wire dtype by model, of Brown, with all that key offsets do to keys."""
+    of_dtype = [row for row in rows if row["wire"] == dtype and _text(row) == "brown"]
+    return {row["model"]: row for row in sorted(of_dtype, key=lambda row: list(FORMS).index(_keys(row)))}
 
 
 def wire(data: dict[str, Any]) -> str:
-    """Quality and bytes of the wire dtypes by model, keys whole and, where that was measured, less their offsets."""
+    """Quality and bytes of the wire dtypes by model and text, keys in each form that was measured."""
     rows, options = data["rows"], data["options"]
-    by_form = {(_model(row), _wire(row), row.get("key_offsets", False)): row for row in rows}
-    forms = sorted({offsets for *_, offsets in by_form})
-    lines = []
-    for model, dtype in dict.fromkeys(key[:2] for key in by_form):
-        plain = by_form[model, dtype, False]
-        shown = [by_form.get((model, dtype, offsets), plain) for offsets in forms]
-        saved = f"{plain['reduction']:.2f}x" if "reduction" in plain else ""
-        lines.append((model, dtype, saved, *(cell for row in shown for cell in _losses(row))))
-    names = {False: "keys whole", True: "keys less their offsets"}
-    columns = (column for offsets in forms for column in (f"perplexity ratio, {names[offsets]}", "KL, nats"))
-    sizes = [options[name] for name in ("sequences", "continuation", "prompt") if name in options]
-    captions = [weights(model) for model in dict.fromkeys(key[0] for key in by_form)]
-    if len(sizes) == 3:
-        split = options.get("split", "development")
-        captions.append(f"{sizes[0]} x {sizes[1]} tokens of Brown's {split} split behind {sizes[2]}-token prompts")
-    if any("error" in row for row in rows):
-        captions.append("± is the paired standard error")
-    head = ("model", "wire dtype, all rows", "bytes against bfloat16", *columns)
-    return table(head, lines) + where(data["environment"], *captions, f"seed {options.get('seed', 0)}", model="")
+    by_form = {(row["model"], _text(row), row["wire"], _keys(row)): row for row in rows}
+    forms = [form for form in FORMS if any(key[-1] == form for key in by_form)]
+    scaled, lines = forms[-1] == "scaled", []
+    for key in dict.fromkeys(key[:3] for key in by_form):
+        plain = by_form[*key, "whole"]
+        shown = [by_form.get((*key, form), plain) for form in forms]
+        change = [_change(shown[-1])] if scaled else []
+        lines.append((*key, f"{plain['reduction']:.2f}x", *map(_loss, shown), *change))
+    models, texts = (dict.fromkeys(key[at] for key in by_form) for at in range(2))
+    return table(
+        (
+            "model", "text", "wire dtype, all rows", "bytes against bfloat16",
+            *(f"keys {FORMS[form]}: perplexity ratio, KL" for form in forms), *["KL, change by scales"] * scaled,
+        ),
+        lines,
+    ) + where(
+        data["environment"], *map(weights, models),
+        f"{options['sequences']} x {options['continuation']} tokens of the {options['split']} split of each text "
+        f"({', '.join(texts)}) behind {options['prompt']}-token prompts",
+        "KL in nats", "± is the paired standard error", f"seed {options['seed']}", model="",
+    )  # fmt: skip
 
 
-def _model(row: dict[str, Any]) -> str:
-    return str(row.get("model", SMOLLM2))
+def _text(row: dict[str, Any]) -> str:
+    """Before there was a choice all was Brown."""
+    return str(row.get("corpus", "brown"))
 
 
-def _wire(row: dict[str, Any]) -> str:
-    return str(row["wire_dtype"] if "wire_dtype" in row else row["wire"])
+def _keys(row: dict[str, Any]) -> str:
+    """Before there were key scales, keys had offsets or not."""
+    return str(row["keys"] if "keys" in row else list(FORMS)[row["key_offsets"]])
 
 
-def _losses(row: dict[str, Any]) -> tuple[str, str]:
-    error = f" ± {row['error']:.4f}" if row.get("error") else ""
-    return f"{row['ratio']:.4f}{error}", f"{row['kl']:.1e}" if "kl" in row else ""
+def _loss(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.4f} ± {row['error']:.4f}, {row['kl']:.1e}"
+
+
+def _change(row: dict[str, Any]) -> str:
+    return f"{row['kl_change']:+.1e} ± {row['kl_change_error']:.1e}" if "kl_change" in row else ""
 
 
 def pack(data: dict[str, Any]) -> str:

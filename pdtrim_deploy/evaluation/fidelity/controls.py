@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.experts import routers
 from pdtrim_deploy.models.layer_kv import LayerKV
@@ -29,6 +30,8 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
             oracles["states one layer off"] = WrongStates(oracle, lambda states: states[-1:] + states[:-1])
     if any(map(plan.has_key_offset, range(len(plan.kv)))):
         oracles["no key offsets"] = oracle.with_offsets(None)
+        if oracle.offsets is not None and oracle.offsets.scaled:
+            oracles["key scales left in"] = WrongScales(oracle)
     if plan.missing("decode") and (whole := [b for b, action in enumerate(plan.decode) if action.kind == "keep"]):
         cut = tuple(WithoutMLP() if b == whole[-1] else action for b, action in enumerate(plan.decode))
         oracles["an MLP more left out"] = PDOracle(
@@ -39,6 +42,18 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
             oracle.prefill_model, _misnumbered(oracle.decode_model), plan, oracle.offsets
         )
     return oracles
+
+
+class WrongScales(PDOracle):
+    """The plan's oracle, but that decode does not divide keys by their scales again."""
+
+    def __init__(self, oracle: PDOracle) -> None:
+        super().__init__(oracle.prefill_model, oracle.decode_model, oracle.plan, oracle.offsets)
+
+    @property
+    def decode_offsets(self) -> KeyOffsets | None:
+        """The plan's means alone."""
+        return None if self.offsets is None else self.offsets.unscaled()
 
 
 class WrongStates(PDOracle):

@@ -23,6 +23,13 @@ class Pages(NamedTuple):
 Index = slice | Pages  # which rows of a pool: one run, or pages (of one row, at the least) in any order
 
 
+class Less(NamedTuple):
+    """Rows travel as `(row - offset) * scale`: float32, of the rows' shape and `[kv_heads, head_dim]`."""
+
+    offset: Tensor
+    scale: Tensor
+
+
 class Codec(Protocol):
     """A code.
 
@@ -31,11 +38,11 @@ class Codec(Protocol):
     scales are float16's NaN 0x7e00 and its codes 0.
     """
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Less | None = None) -> None:
         """Gather rows of `pool`, `[slots, kv_heads, head_dim]`, and write them into `sections`.
 
         Args:
-            less: float32, of the rows' shape, subtracted first; never given for rows that travel native.
+            less: what is done to rows first; never given for rows that travel native.
 
         """
 
@@ -55,10 +62,10 @@ def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def values(pool: Tensor, index: Index, less: Tensor | None) -> Tensor:
-    """Rows of a pool as float32 of their own, less `less` when given."""
+def values(pool: Tensor, index: Index, less: Less | None) -> Tensor:
+    """Rows of a pool as float32 of their own, as `less` says when given."""
     rows = take(pool, index).to(torch.float32, copy=True)
-    return rows if less is None else rows.sub_(less)
+    return rows if less is None else rows.sub_(less.offset).mul_(less.scale)
 
 
 def put(pool: Tensor, index: Index, rows: Tensor) -> None:

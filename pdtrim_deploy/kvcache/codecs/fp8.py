@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, values
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, Less, quantise, values
 
 
 class Fp8(Codec):
@@ -18,7 +18,7 @@ class Fp8(Codec):
     subnormal. Larger magnitudes than 2.9e7 saturate.
     """
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Less | None = None) -> None:
         codes, scale = sections
         codes.copy_(quantise(values(pool, index, less), 448, scale))
 

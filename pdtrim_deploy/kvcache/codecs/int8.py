@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, values
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, Less, quantise, values
 
 
 class Int8(Codec):
@@ -17,7 +17,7 @@ class Int8(Codec):
     where that largest is below 0.008 and the scale is subnormal. Larger magnitudes than 8.3e6 saturate.
     """
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Less | None = None) -> None:
         codes, scale = sections
         codes.copy_(quantise(values(pool, index, less), 127, scale).round_())
 

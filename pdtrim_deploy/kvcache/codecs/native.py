@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, Less, take
 
 
 class Native(Codec):
     """Exact."""
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Less | None = None) -> None:
         take(pool, index, out=sections[0])
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, values
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, Less, values
 
 TINY = 2.0**-24  # float16's least: no scale is zero, but of zeros
 SLACK = 1 + 2.0**-10  # a scale is rounded up: no code overflows
@@ -69,7 +69,7 @@ class Rotated(Codec):
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Less | None = None) -> None:
         codes, scale = sections
         x = hadamard(values(pool, index, less))
         x.mul_(2.0 ** -(halvings(x.shape[-1]) // 2))

@@ -28,7 +28,8 @@ struct Part {
   const int64_t* slots;  // [rows]
   uint8_t* codes;
   uint16_t* scales;    // native rows have none
-  const float* mean;   // [heads, dim]: what rows travel less, before it is turned; null when they travel whole
+  const float* mean;   // [3, heads, dim]: what rows travel less, before it is turned, then scales and their inverses;
+                       // null when they travel whole
   const float* turns;  // of the first row; the next row's follows
   int64_t stride;      // bytes
 

@@ -44,7 +44,7 @@ struct Row {
   uint16_t* scales;
   int dim, groups, heads;
   int64_t next;  // bytes to a row that comes soon, to be fetched; 0 when the processor does by itself
-  const float *mean, *turn;  // null when there is no offset
+  const float *mean, *factor, *turn;  // null when there is no offset
 
   template <Dtype from_dtype, int kHeads>
   void encode(const uint8_t* from) {
@@ -67,6 +67,8 @@ struct Row {
     }
   }
 
+  f32 factors(int at, int lanes) const { return load<kFloat32>(reinterpret_cast<const uint8_t*>(factor + at), lanes); }
+
   // The row less its offset goes through float32: encoders and decoders know nothing of it.
   template <int kHeads>
   void encode_less() {
@@ -77,8 +79,8 @@ struct Row {
         const int lanes = dim - i < kLanes ? dim - i : kLanes;
         float* const at = plain + h * dim + i;
         const uint8_t* const offset = reinterpret_cast<const uint8_t*>(at);
-        store<kFloat32>(reinterpret_cast<uint8_t*>(at),
-                        load<dtype>(values + (h * dim + i) * item, lanes) - load<kFloat32>(offset, lanes), lanes);
+        const f32 rest = load<dtype>(values + (h * dim + i) * item, lanes) - load<kFloat32>(offset, lanes);
+        store<kFloat32>(reinterpret_cast<uint8_t*>(at), rest * factors(h * dim + i, lanes), lanes);
       }
     }
     encode<kFloat32, kHeads>(reinterpret_cast<const uint8_t*>(plain));
@@ -90,7 +92,8 @@ struct Row {
     turned<kDim>(mean + head * dim, turn, dim, offset);
     for (int i = 0; i < dim; i += kLanes) {
       const int lanes = dim - i < kLanes ? dim - i : kLanes;
-      const f32 whole = load<kFloat32>(reinterpret_cast<const uint8_t*>(plain + i), lanes) +
+      const f32 rest = load<kFloat32>(reinterpret_cast<const uint8_t*>(plain + i), lanes);
+      const f32 whole = rest * factors(head * dim + i, lanes) +
                         load<kFloat32>(reinterpret_cast<const uint8_t*>(offset + i), lanes);
       store<dtype>(to + i * item, whole, lanes);
     }
@@ -109,7 +112,8 @@ struct Row {
         }
       }
       values += kHeads * dim * item, codes += kHeads * code_bytes(code, dim);
-      scales += kHeads * groups, mean += mean ? kHeads * dim : 0;
+      scales += kHeads * groups;
+      if (mean) mean += kHeads * dim, factor += kHeads * dim;
     }
     if constexpr (kHeads > 1) move<kHeads - 1>();
   }

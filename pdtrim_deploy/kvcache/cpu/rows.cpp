@@ -32,8 +32,9 @@ void move_rows(const Part& part, const PdtrimChunk& shape, int64_t first, int64_
     } else {
       const int64_t at = r * heads;
       uint8_t* const codes = part.codes + at * code_bytes(code, dim);
+      const float* const factor = part.mean ? part.mean + int64_t{kPack ? 1 : 2} * shape.heads * dim : nullptr;
       const float* const turn = part.mean ? part.turns + r * dim : nullptr;
-      Row<dtype, code, kDim, kPack>{row, codes, part.scales + at * groups, dim, groups, heads, next, part.mean, turn}
+      Row<dtype, code, kDim, kPack>{row, codes, part.scales + at * groups, dim, groups, heads, next, part.mean, factor, turn}
           .template move<kDim == 128 ? 2 : kDim == 64 ? 4 : 1>();
     }
   }

@@ -68,6 +68,17 @@ def offset_of(run, row, head, inside, channel, turns, origin, DIM: tl.constexpr,
 
 
 @triton.jit
+def factor_of(
+    run, head, inside, channel, origin, PACK: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
+    """What a tile's keys less their offset are multiplied by. (Other ways to its address cost registers.)"""
+    before = 4 * HEADS * DIM if PACK else 8 * HEADS * DIM  # bytes of the means, or of these and the scales
+    factor = origin + tl.multiple_of(tl.load(run + MEAN) + before, ALIGN)
+    factor = factor.to(tl.pointer_type(tl.float32)) + head * DIM
+    return tl.load(factor[:, None] + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def section(packed, run, FIELD: tl.constexpr, ALIGN: tl.constexpr, TYPE: tl.constexpr):
     """Where a section's rows of a run begin."""
     return (packed + tl.multiple_of(tl.load(run + FIELD), ALIGN)).to(tl.pointer_type(TYPE))
@@ -117,6 +128,7 @@ def pack_runs(
             channel = tl.arange(0, WIDTH)
             whole = held[:, None] & (channel < DIM)[None, :]
             x -= offset_of(run, row, head, whole, channel, turns, origin, DIM, ALIGN)
+            x *= factor_of(run, head, whole, channel, origin, True, HEADS, DIM, ALIGN)
         to = section(packed, run, PACKED, WIRE_ALIGN, tl.int8)
         scales = section(packed, run, SCALES, WIRE_ALIGN, tl.int16)
         if SENT_FP8 & SENT and code == FP8:
@@ -181,5 +193,6 @@ def unpack_runs(
             x = tl.reshape(tl.reshape(x, [VECTORS, WIDTH // GROUP, GROUP]) * scale[:, :, None], [VECTORS, WIDTH])
             x = codes.rotated(x, VECTORS, WIDTH, STAGES) * UNIT
         if OFFSETS and tl.load(run + MEAN) != 0:
+            x *= factor_of(run, head, whole, channel, origin, False, HEADS, DIM, ALIGN)
             x += offset_of(run, row, head, whole, channel, turns, origin, DIM, ALIGN)
         store(place, codes.words_of(x, DTYPE), held, WIDTH, DIM)

@@ -120,6 +120,7 @@ def constants(table: Table, pack: bool) -> dict[str, Any]:
     native_too: set[Code] = {"native"} if table.codes & GRIDS.keys() else set()
     codes = table.codes | native_too
     sections = [kind for code in codes for kind in row_sections(code, native, table.head_dim)]
+    means = table.heads * table.head_dim * ITEM_BYTES["float32"]  # scales lie so far behind them
     sizes = [table.heads * kind.per_head * ITEM_BYTES[kind.dtype] for kind in sections]
     return {
         "HEADS": table.heads,
@@ -132,7 +133,7 @@ def constants(table: Table, pack: bool) -> dict[str, Any]:
         "STAGES": stages,
         "GROUP": rotated_group(table.head_dim),
         "UNIT": 2.0 ** -(stages // 2 if pack else (stages + 1) // 2),
-        "ALIGN": gcd(LINE, *table.column("pool"), *table.column("mean"), *table.column("stride")),
+        "ALIGN": gcd(LINE, *table.column("pool"), *table.column("mean"), means, *table.column("stride")),
         "WIRE_ALIGN": gcd(LINE, *sizes, *table.column("codes"), *table.column("scales")),
     }
 

@@ -26,7 +26,7 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
         send, size = plan.kv[layer], plan.layer_bytes(layer, tokens)
         x, height = LEFT + block * CELL + 2, max(1.5, BARS * size / most)
         rows = "all" if send.mode == "full" else send.row_names
-        less = ", keys less their mean" if plan.has_key_offset(layer) else ""
+        less = f", {plan.key_offsets.form}" if plan.key_offsets and plan.has_key_offset(layer) else ""
         what = f"block {block}: {rows} of {tokens} rows, {send.wire_dtype}{less}, {size:,} bytes of {most:,.0f}"
         outline = tag("rect", x=x, y=KV_TOP, width=CELL - 4, height=BARS, class_="ghost")
         bar = tag(
