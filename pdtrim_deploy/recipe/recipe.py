@@ -142,6 +142,11 @@ class Recipe(Section):
                 f"{healing.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
                 f"fitted to"
             )
+        if healing.fit_sequences is not None and (pruning.finalists or pruning.distil or self.target is not None):
+            raise ValueError(
+                f"healing.fit_sequences is {healing.fit_sequences} but pruning.finalists, pruning.distil or target "
+                "divides the text in its own way; allowed with these: to leave it out"
+            )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
         if healing.prefill_steps and not (
             self.target or pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks

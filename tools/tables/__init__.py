@@ -38,14 +38,15 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "headline", "generated"), front.switches),
+    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "vone", "generated"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
     "gpucolumn": Table(("gpu-check",), gpu.gpucolumn, optional=True),
     "demo": Table(("demo",), demo.demo),
     "demolimited": Table(("demolimited",), demo.demolimited, optional=True),
-    "headline": Table(("headline",), demo.demo),
+    "headline": Table(("headline",), demo.headline, optional=True),
+    "vone": Table(("vone",), demo.demo),
     "kv": Table(("kv",), kv.kv),
     "kvlengths": Table(("kv",), kv.kvlengths),
     "shares": Table(("shares",), shares.shares, optional=True),
@@ -66,6 +67,7 @@ TABLES = {
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
     "kvdistil": Table(("kvdistil",), kvdistil.kvdistil, optional=True),
+    "kvdistilchoice": Table(("kvdistil",), kvdistil.kvdistilchoice, optional=True),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),
     "quality": Table(("quality",), quality.quality),
     "served": Table(("served",), serving.served),
