@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf setup-evals lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo demo-limited headline plugin gpu-check docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf setup-evals lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo demo-limited headline v1-claims plugin gpu-check docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -101,8 +101,11 @@ demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; resul
 demo-limited:  ## the demo with the instructions of an older CPU: AVX2, no AVX-512, no bfloat16; in out/demolimited
 	$(PYTHON) tools/limited_cpu.py $(MAKE) --no-print-directory demo OUT=out/demolimited
 
-headline: setup  ## the same with both of the paper's savings, healed: an hour on 2 cores; results in out/headline
+headline: setup  ## the same with KV-only prefill and k4v3, a small loss: an hour on 2 cores; results in out/headline
 	$(BUILD)/pdtrim-deploy demo recipes/smollm2-headline.yaml --out out/headline $(HEADLINE) $(PAGE)
+
+v1-claims: setup  ## the same with both savings that the paper's v1 names, at a large loss; results in out/v1-claims
+	$(BUILD)/pdtrim-deploy demo recipes/smollm2-v1-claims.yaml --out out/v1-claims $(HEADLINE) $(PAGE)
 
 plugin: setup-build  ## compile the TensorRT plugin's kernels with nvcc (sm_80, 90, 100, 120) into out/plugin; fail on a spill
 	$(BUILD)/python -m pdtrim_tensorrt.compile_kernels out/plugin
@@ -126,7 +129,7 @@ bench-%: setup
 	$(BUILD)/python benchmarks/$*.py
 
 readme: setup-build  ## write the tables of README and docs from benchmarks/results and, if there is one, the last demo
-	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --demolimited ,$(wildcard out/demolimited/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json))
+	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --demolimited ,$(wildcard out/demolimited/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json)) $(addprefix --vone ,$(wildcard out/v1-claims/report/metrics.json))
 
 clean:  ## remove outputs and caches, keep the environments
 	rm -rf out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

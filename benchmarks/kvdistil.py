@@ -42,6 +42,7 @@ KV: dict[str, dict[str, Any]] = {
     "native": {"method": "none"},
     "int4": {"method": "none", "wire_dtype": "int4"},
     "k4v3": {"method": "none", "wire_dtype": "k4v3"},
+    "int3": {"method": "none", "wire_dtype": "int3"},
     # of a float32 pool: 4.95x of a bfloat16 one
     "budget 4.95x": {"method": "budget", "reduction": 9.9, "recall": 0.25, "sequences": 24, "prompt_tokens": 448},
 }

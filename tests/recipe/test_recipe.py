@@ -107,7 +107,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "healing: {kv_only_blocks: 1, sequences: 8, fit_sequences: 9}",
             "r.yaml: healing.fit_sequences is 9 but sequences is 8; allowed: at most as many",
         ),
-        ("healing: {kv_only_blocks: 1, fit_sequences: 1}", "r.yaml: healing.fit_sequences is 1; allowed: an integer of"),
+        (
+            "healing: {kv_only_blocks: 1, fit_sequences: 1}",
+            "r.yaml: healing.fit_sequences is 1; allowed: an integer of",
+        ),
         (
             "pruning: {decode_blocks: 1, finalists: 2}\nhealing: {compensation: norm, fit_sequences: 8}",
             "r.yaml: healing.fit_sequences is 8 but pruning.finalists, pruning.distil or target divides the text in its",

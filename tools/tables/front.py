@@ -15,9 +15,7 @@ Data = dict[str, Any]
 _UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
 
 
-def switches(
-    kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data, claims: Data, generated: Data
-) -> str:
+def switches(kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data, claims: Data, generated: Data) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
     planned = rows["ours", 8]

@@ -31,7 +31,7 @@ def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses
         if row["split"] == split:
             grouped.setdefault(repr((row["setting"], row["kv"])), []).append(row)
     whole = [rows for rows in grouped.values() if {row["corpus"] for row in rows} == set(CORPORA)]
-    whole.sort(key=lambda rows: (rows[0]["setting"]["blocks"], rows[0]["setting"].get("steps", 0)))
+    whole.sort(key=lambda rows: (rows[0]["setting"]["blocks"], rows[0]["setting"].get("steps", 0), rows[0]["saved"]))
     return [(rows[0], {row["corpus"]: row["nll"] for row in rows}) for rows in whole]
 
 
@@ -56,9 +56,7 @@ def _table(data: dict[str, Any] | None, split: str) -> str:
     if data is None or not (judged := pairs(data, split)):
         return "Not measured yet: `make bench-kvdistil`."
     _, dense = judged[0]
-    lines = [
-        (*_what(row), f"{row['saved']:.2f}x", *rises(losses, dense).values()) for row, losses in judged[1:]
-    ]
+    lines = [(*_what(row), f"{row['saved']:.2f}x", *rises(losses, dense).values()) for row, losses in judged[1:]]
     options, (first, _) = data["options"], judged[0]
     text = (
         f"trained on sequences of 256 tokens; judged on {options[split]} x {options['continuation']} tokens of the "
