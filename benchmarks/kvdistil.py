@@ -89,7 +89,7 @@ def main() -> None:
                 plans = [kv for of_corpus, kv in missing if of_corpus == corpus]
                 log.append(*bench.rows(corpus, options.split, plans, about))
             bench.forget()
-    options.__dict__.update({name: None for name in (*_SETTINGS, "kv", "split")})
+    options.__dict__.update(dict.fromkeys((*_SETTINGS, "kv", "split")))
     write("kvdistil", options, log.rows)
 
 

@@ -97,6 +97,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_division_of_the_text(self) -> Recipe:
+        pruning, few = self.pruning, self.healing.fit_sequences
+        if few is not None and (pruning.finalists or pruning.distil or self.target is not None):
+            raise ValueError(
+                f"healing.fit_sequences is {few} but pruning.finalists, pruning.distil or target divides the text in "
+                "its own way; allowed with these: to leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
         check_target(self.target, pruning, self.kv, healing)
@@ -141,11 +151,6 @@ class Recipe(Section):
                 f"healing.sequences is {healing.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
                 f"{healing.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
                 f"fitted to"
-            )
-        if healing.fit_sequences is not None and (pruning.finalists or pruning.distil or self.target is not None):
-            raise ValueError(
-                f"healing.fit_sequences is {healing.fit_sequences} but pruning.finalists, pruning.distil or target "
-                "divides the text in its own way; allowed with these: to leave it out"
             )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
         if healing.prefill_steps and not (

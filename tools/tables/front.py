@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tables.base import interval, rise, table, weights
-from tables.kvdistil import CORPORA, pairs, rises
 from tables.kv import uniform
+from tables.kvdistil import CORPORA, pairs, rises
 
 HELD_OUT = 64  # tokens of each continuation of bench-kv
 Data = dict[str, Any]

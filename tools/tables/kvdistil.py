@@ -60,8 +60,8 @@ def _table(data: dict[str, Any] | None, split: str) -> str:
     options, (first, _) = data["options"], judged[0]
     text = (
         f"trained on sequences of 256 tokens; judged on {options[split]} x {options['continuation']} tokens of the "
-        f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one paired "
-        "standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
+        f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one "
+        "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
     )
     head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")
     return table(head, lines) + where(data["environment"], text, f"commit {first['commit']}")
