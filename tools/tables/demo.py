@@ -1,4 +1,4 @@
-"""What `make demo`, `make headline` and `make v1-claims` measured: a pruned pair beside the dense one."""
+"""What `make demo`, `make headline` and `make claims` measured: a pruned pair beside the dense one."""
 
 from __future__ import annotations
 
