@@ -164,6 +164,7 @@ class Peer:
         while (packed := self._packed.get()) is not None:
             room, slot = packed.chunk.room, packed.slot
             try:
+                packed.wait()  # also where it is not sent: until then the GPU reads pages that the chunk keeps alive
                 if not self._missed(packed.queued_at, room):
                     self._send(packed)
             except UnreachableError as error:
@@ -206,7 +207,6 @@ class Peer:
         return self._owner.progress(room) is not None and self._owner.is_live(room)
 
     def _send(self, packed: Packed) -> None:
-        packed.wait()
         chunk, size = packed.chunk, packed.payload_bytes
         progress = self._owner.progress(chunk.room)
         if progress is None or not self._owner.is_live(chunk.room):  # it failed: its pages may have been another's

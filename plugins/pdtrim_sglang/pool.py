@@ -251,7 +251,7 @@ class PoolView:
 
 
 def row_view(pointer: int, length: int) -> memoryview:
-    """Writable bytes at a host address, for SGLang's aux rows (host tensors on every device)."""
+    """Writable bytes at a host address, for SGLang's aux rows (on the host, or refused at start-up)."""
     import ctypes
 
     return memoryview((ctypes.c_ubyte * length).from_address(pointer)).cast("B")

@@ -276,6 +276,31 @@ def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
         check_options(SimpleNamespace(**PLAIN), POOL, None, False)
 
 
+def test_first_tokens_on_the_gpu_are_refused_where_sglang_would_keep_them_there(registry, monkeypatch):
+    """Its metadata buffers, whose addresses the plugin reads as host memory."""
+    import torch
+    from pdtrim_sglang.requirements import check_options
+    from sglang.srt.disaggregation.utils import MetadataBuffers
+
+    devices, zeros = set(), torch.zeros
+
+    def noted(*size, device, **options):
+        devices.add(device)
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(torch, "zeros", noted)
+    for pool, keeps in ((None, "cpu"), ("NVLINK", "cpu"), ("INTRA_NODE_NVLINK", "cuda")):
+        if pool is not None:
+            monkeypatch.setenv("SGLANG_MOONCAKE_CUSTOM_MEM_POOL", pool)
+        devices.clear()
+        MetadataBuffers(2, 8, torch.float32, max_sampling_mask_tokens=0)
+        assert devices == {keeps}
+        if keeps == "cpu":
+            check_options(SimpleNamespace(**PLAIN), POOL, None, False)
+    with pytest.raises(RuntimeError, match=r"keeps first tokens on the GPU, .*: unset it"):
+        check_options(SimpleNamespace(**PLAIN), POOL, None, False)
+
+
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypatch, stage):
     """Chunks are whole pages; packing one there would write behind the buffer."""

@@ -1,6 +1,7 @@
 """What is true of every transport whose payload is written into the peer's memory, with a writer of this process."""
 
 import queue
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ from memory_writer import Memory
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports import Transport
 from pdtrim_sglang.transports.base import TransportConfig, TransportError, UnreachableError
-from pdtrim_sglang.transports.one_sided import OneSided
+from pdtrim_sglang.transports.one_sided import OneSided, _Written
 
 CONFIG = TransportConfig(staging_bytes=1 << 12, connect_seconds=2, stall_seconds=30)
 HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 0, 100, False, range(1))
@@ -93,6 +94,35 @@ def test_what_is_written_before_the_check_is_found(pair):
     channel.send(HEADER, memoryview(b""))
     assert "checksum mismatch" in listener.events.get(timeout=5).reason
     assert not handler.got
+
+
+def test_other_threads_run_on_while_a_payload_is_copied():
+    """A copy that held the interpreter's lock would stop decode's scheduler for as long."""
+    size = 1 << 27
+    link = _Written(Memory(), [torch.ones(size, dtype=torch.uint8)], socket.socket())
+    payload, aux, ticks, done = (
+        torch.zeros(size, dtype=torch.uint8),
+        torch.zeros(0, dtype=torch.uint8),
+        [],
+        threading.Event(),
+    )
+
+    def tick():
+        while not done.wait(1e-3):
+            ticks.append(time.perf_counter())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    shares = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        link.read(payload, aux)
+        took = time.perf_counter() - begun
+        shares += [(at - begun) / took for at in list(ticks) if at > begun]
+    done.set()
+    ticking.join()
+    assert any(0.2 < share < 0.8 for share in shares)
+    assert bool((payload == 1).all())
 
 
 @pytest.mark.parametrize("error", [KeyError("agent"), TypeError("no place"), ValueError("no JSON")])

@@ -1,8 +1,11 @@
 """A peer sends the rows of its chunks, from the pool's pages or from where an engine has packed them."""
 
+import itertools
 import queue
 import threading
 import time
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +203,43 @@ def test_what_waited_for_a_failed_attempt_fails_with_it(world):
     channel.send = send
     peer.submit(chunk(0, 13))  # asked later: a new attempt
     assert channel.sent.get(timeout=10)
+
+
+class Pages(list):
+    """Can be asked whether anybody still holds it."""
+
+
+def test_a_chunk_is_held_until_its_packing_has_ended_also_where_it_is_not_sent(world, monkeypatch):
+    """The GPU reads its pages until then, and memory that nobody holds is another's at once."""
+    _, _, channel, owner, peer = world
+    held, at_the_end, gate, numbers = [], [], threading.Event(), itertools.count()
+
+    def unreachable(*_):
+        gate.wait(10)
+        raise UnreachableError("cannot reach decode worker h:1")
+
+    def record_event(_):
+        number = next(numbers)
+        return SimpleNamespace(synchronize=lambda: at_the_end.append(held[number]() is not None))
+
+    monkeypatch.setattr(PoolView, "record_event", record_event)
+    channel.send = unreachable
+    for _ in range(2):
+        pages = Pages(PAGES)
+        held.append(weakref.ref(pages))
+        peer.submit(replace(chunk(0, 13), pages=pages))
+    del pages
+    deadline = time.monotonic() + 10
+    while peer._packed.qsize() < 1:  # the second one waits there while the first one is sent
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while not at_the_end and time.monotonic() < deadline:
+        time.sleep(0.01)
+    gate.set()
+    while len(owner.failed) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert owner.failed == ["cannot reach decode worker h:1"] * 2
+    assert at_the_end == [True, True]
 
 
 def test_a_peer_that_lost_its_connection_may_go_when_nothing_is_left_to_do(world):

@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
-from pdtrim_deploy.manifests import Options, Served
-from pdtrim_deploy.manifests.options import worker_arguments
+from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
 from pdtrim_deploy.serving import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.commands import worker_command
 
@@ -24,6 +23,7 @@ BLACKWELL = ("is_sm100", "is_sm100_or_sm110", "is_blackwell")
 HOPPER = ("is_sm90", "is_hopper_with_cuda_12_3")
 GPUS = {"sm_90": (HOPPER, BLACKWELL, (9, 0)), "sm_100": (BLACKWELL, HOPPER, (10, 0))}
 PREFILL_ATTENTION = {"sm_90": "fa3", "sm_100": "trtllm_mha"}
+SOURCES = ["serve", "kubernetes", "compose"]
 
 
 @pytest.fixture(params=GPUS)
@@ -55,16 +55,27 @@ def commands(source: str, model: Path, sparse: bool, dtype: str = "bfloat16") ->
         options = WorkerOptions(device="cuda", dtype=dtype, sparse=sparse, tp_prefill=2, tp_decode=2)
         workers = ClusterSpec.on_loopback(model, model, options=options, gpus=4).workers
         return {worker.role: worker_command(Path("python"), worker)[3:] for worker in workers}
-    served = Served("m", "ab" * 32, dtype, sparse)
-    rendered = {
-        stage: worker_arguments(served, Options(tp_prefill=2, tp_decode=2), stage)[3:]
-        for stage in ("prefill", "decode")
-    }
+    rendered = rendered_as(source, Served("m", "ab" * 32, dtype, sparse))
     for stage, words in rendered.items():
         words[words.index("--model-path") + 1] = str(model)
         words += ["--device", "cuda"]  # SGLang would find it on the pod
         assert words[words.index("--disaggregation-mode") + 1] == stage
     return rendered
+
+
+def rendered_as(source: str, served: Served) -> dict[str, list[str]]:
+    options = Options(tp_prefill=2, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
+    if source == "compose":
+        services = compose(served, options)["services"]
+        commands = {stage: services[f"{stage}-0"]["command"] for stage in ("prefill", "decode")}
+        return {stage: [word.replace("$$", "$") for word in command[3:]] for stage, command in commands.items()}
+    workers = {stage: kubernetes(served, options)[f"{stage}.yaml"] for stage in ("prefill", "decode")}
+    return {
+        stage: list(document["spec"]["template"]["spec"]["containers"][0]["command"][3:])
+        for stage, documents in workers.items()
+        for document in documents
+        if document["kind"] == "Deployment"
+    }
 
 
 def resolved(words: list[str]):
@@ -76,7 +87,7 @@ def resolved(words: list[str]):
     return resolved_view(args)
 
 
-@pytest.mark.parametrize("source", ["serve", "manifests"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("sparse", [True, False])
 def test_gpu_workers_get_the_attention_graphs_and_pages_that_they_should(gpu, model, source, sparse):
     from sglang.srt.arg_groups.overrides import attention_backends_of
@@ -93,7 +104,7 @@ def test_gpu_workers_get_the_attention_graphs_and_pages_that_they_should(gpu, mo
         assert (stage.max_total_tokens, stage.max_running_requests) == (None, None)
 
 
-@pytest.mark.parametrize("source", ["serve", "manifests"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("sparse", [True, False])
 def test_float32_has_an_attention_that_computes_in_it(gpu, model, source, sparse):
     """fa3 and trtllm_mha, which SGLang would take, have no kernels for it."""

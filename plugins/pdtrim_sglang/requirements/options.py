@@ -23,6 +23,7 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             raise RuntimeError(f"pdtrim: context parallelism is not supported: start with {name} 1")
     _check_scales(server_args)
     _check_front_end(server_args)
+    _check_aux_rows()
     _check_lora(server_args, plan)
     _check_digest(server_args, plan, kv_args.page_size)
     _check_shared_storage(server_args, plan)
@@ -49,6 +50,17 @@ def _check_front_end(server_args: Any) -> None:
         raise RuntimeError(
             "pdtrim: SGLang unpickles a client's logit processor, which can run any code or end the worker: start "
             "without --enable-custom-logit-processor"
+        )
+
+
+def _check_aux_rows() -> None:
+    """SGLang 0.5.23 makes its metadata buffers on the GPU for this one memory pool (disaggregation/utils.py)."""
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_MOONCAKE_CUSTOM_MEM_POOL.get() == "INTRA_NODE_NVLINK":
+        raise RuntimeError(
+            "pdtrim: with SGLANG_MOONCAKE_CUSTOM_MEM_POOL=INTRA_NODE_NVLINK SGLang keeps first tokens on the GPU, and "
+            "the plugin reads them on the host: unset it"
         )
 
 
