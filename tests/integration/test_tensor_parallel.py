@@ -1,8 +1,8 @@
 """Genuine SGLang workers that divide attention among unlike numbers of ranks compute what the oracle does, on a CPU.
 
 Of the tiny bundle with all wire dtypes, on pages of 16 and chunks of 64. Its two KV heads go from four ranks, which
-hold two copies of each, to one, and from one to four such. On a CPU SGLang pads heads where it copies them on a GPU: that
-is left out (unpadded.py). Ranks without copies: test_dp_attention.py, and the fault tests.
+hold two copies of each, to one, and from one to four such. On a CPU SGLang pads heads where it copies them on a GPU:
+that is left out (unpadded.py). Ranks without copies: test_dp_attention.py, and the fault tests.
 """
 
 import httpx

@@ -125,7 +125,8 @@ class Unregistered(nn.Module):
     ("groups", "heads", "known"),
     [(1, (2, 2), True), (2, (4, 4), True), (2, (2, 2), False), (2, (4, 2), False), (4, (8, 8), True)],
 )
-def test_models_whose_attention_sums_over_other_requests_are_refused(monkeypatch, groups, heads, known):
+@pytest.mark.parametrize("draft", [False, True], ids=["model", "draft model"])
+def test_models_whose_attention_sums_over_other_requests_are_refused(monkeypatch, groups, heads, known, draft):
     """Of eight heads and four ranks: as Qwen3 divides them in SGLang, and as Llama does."""
     monkeypatch.setattr(
         dp_attention, "get_parallel", lambda: SimpleNamespace(attn_dp_size=groups, attn_tp_size=4 // groups)
@@ -133,7 +134,8 @@ def test_models_whose_attention_sums_over_other_requests_are_refused(monkeypatch
     model_config = SimpleNamespace(num_attention_heads=8)
     models = {Attentions(*heads): known, Unregistered(*heads): groups == 1}
     for model, passes in models.items():
-        runner = SimpleNamespace(model=model, model_config=model_config, is_draft_worker=False)
+        runner = SimpleNamespace(model=model, model_config=model_config, is_draft_worker=draft)
         sentence = f"0.5.23's {type(model).__name__} sums over ranks .* start without --attn-dp-size"
+        sentence += ".* or without --speculative-algorithm$" if draft else ""
         with nullcontext() if passes else pytest.raises(RuntimeError, match=sentence):
             loading.check_dp_attention(None, runner)

@@ -4,7 +4,8 @@ SGLang 0.5.23 takes --attn-dp-size (once --enable-dp-attention) with any model. 
 qwen2.py, glm4.py, mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor
 parallelism and sums over them, as if they had the same requests: text is wrong, and a rank that has none ends. So do
 models that SGLang runs through transformers (models/transformers.py), whose attentions are in a dict and no part of the
-module.
+module. A draft model (EAGLE's is a Llama) has the target's groups as well, unless SGLang gives it ranks of its own, as
+it does for EAGLE3 (speculative/draft_parallel.py).
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ def check_dp_attention(runner: Any) -> None:
 
     """
     parallel = get_parallel()
-    if parallel.attn_dp_size == 1 or runner.is_draft_worker:
+    if parallel.attn_dp_size == 1:
         return
     heads = runner.model_config.num_attention_heads // parallel.attn_tp_size
     attentions = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
     if not attentions or any(attention.tp_q_head_num != heads for attention in attentions):
+        wrong, leave = ("drafts", ", or without --speculative-algorithm") if runner.is_draft_worker else ("text", "")
         raise RuntimeError(
             f"pdtrim: attention of SGLang 0.5.23's {type(runner.model).__name__} sums over ranks that have other "
-            "requests, so text would be wrong with DP attention: start without --attn-dp-size or --enable-dp-attention"
+            f"requests, so {wrong} would be wrong with DP attention: start without --attn-dp-size or "
+            f"--enable-dp-attention{leave}"
         )
