@@ -1,11 +1,12 @@
-"""Prefill blocks run for K and V alone: least squares, and training through decode behind it -> results/kvdistil.json.
+"""Prefill blocks that run for K and V alone, trained, and a quantised wire behind them -> results/kvdistil.json.
 
-`make bench-kvdistil`. SmolLM2-135M, dequantised from Q4_1, in float32; decode whole, KV whole. The blocks whose
-absence alone costs least run for their K and V alone: those of results/kvonly.json, which are chosen in the same way,
-where it has as many. Least squares fits these and the layers around the gaps. Then prefill is trained by what decode
-predicts behind its KV, as `healing.prefill_steps` does, from the same weights. All of it on calibration text of
-Brown. Each pair is judged through both stages, sequence by sequence, on final text of Brown and of Jane Austen, or
-with `--split development` on development text. What is stopped goes on where it was.
+`make bench-kvdistil`. SmolLM2-135M, dequantised from Q4_1, in float32. A run builds one prefill, as a recipe would: the
+blocks whose absence alone costs least run for their K and V alone, least squares fits these and the layers around the
+gaps, then prefill is trained by what decode predicts behind its KV; and one plan for each of `--kv`. Each pair, and the
+dense prefill behind the same plans, is judged through both stages, on texts of four corpora, two of which
+(Austen's novels, and all but the calibration split of the others) nothing was chosen, fitted or trained on. Losses are
+written down as they come (out/bench-kvdistil): a run that is stopped goes on where it was, and the table has all that
+was measured. Settings are chosen with `--split development`.
 """
 
 from __future__ import annotations
@@ -13,152 +14,144 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from __results import HERE, commit, write
 
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.perplexity import BATCH
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
-from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.models.block_tensors import read_blocks, save_blocks
-from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.loading import load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.pd_run import sequence_nll
-from pdtrim_deploy.plan import Keep, KVOnly, PDPlan
-from pdtrim_deploy.pruning.compensation import get_compensation
-from pdtrim_deploy.pruning.healing import StateFile, heal
-from pdtrim_deploy.pruning.kv_only import fit, fit_kv_only, rank
-from pdtrim_deploy.pruning.pair import StagePair
-from pdtrim_deploy.pruning.pd_loss import pd_run
-from pdtrim_deploy.recipe.healing import HealingSection
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
 
-PLACE = HERE.parent / "out" / "bench-kvdistil"
-CORPORA = ("brown", "austen")
-_ABOUT = ("ranked", "refitted", "fitted", "length", "judged", "split", "seed")
+PLACE, UNITS = HERE.parent / "out" / "bench-kvdistil", HERE.parent / "recipes" / "units"
+CORPORA = ("brown", "austen", "code", "agents")
+TEXTS = {"brown": "brown", "mixed": "mixed-agents"}
+"""What is trained on, and its file in recipes/units/calibration."""
+KV: dict[str, dict[str, Any]] = {
+    "native": {"method": "none"},
+    "int4": {"method": "none", "wire_dtype": "int4"},
+    "k4v3": {"method": "none", "wire_dtype": "k4v3"},
+    "int3": {"method": "none", "wire_dtype": "int3"},
+    # of a float32 pool: 4.95x of a bfloat16 one
+    "budget 4.95x": {"method": "budget", "reduction": 9.9, "recall": 0.25, "sequences": 24, "prompt_tokens": 448},
+}
+SPLITS = ("development", "final")
+_SETTINGS = ("blocks", "text", "steps", "learning_rate", "sweep", "sequences", "fit_sequences")
+Note = Callable[[str], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8])
-    parser.add_argument("--steps", type=int, default=48, help="of training; 0: least squares alone")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--text", choices=TEXTS, default="mixed", help="that is fitted and trained on")
+    parser.add_argument("--steps", type=int, default=128, help="of training; 0: least squares alone")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
-    parser.add_argument("--ranked", type=int, default=16, help="sequences that blocks are chosen on")
-    parser.add_argument("--refitted", type=int, default=16, help="sequences that least squares fits on")
-    parser.add_argument("--fitted", type=int, default=128, help="sequences that are trained on and held out")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each; half is prompt")
-    parser.add_argument("--judged", type=int, default=24, help="sequences of each corpus")
-    parser.add_argument("--split", choices=("development", "final"), default="final")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sweep", type=float, nargs="+", default=[1.0, 3.0], help="factors of the rate, tried first")
+    parser.add_argument("--sequences", type=int, default=320, help="of 256 tokens, trained on and held out")
+    parser.add_argument("--fit-sequences", type=int, default=32, help="the first of them: least squares fits on these")
+    parser.add_argument("--kv", nargs="+", choices=KV, default=["native", "k4v3"])
+    parser.add_argument("--split", choices=SPLITS, default="final")
+    parser.add_argument("--development", type=int, default=12, help="texts judged of each corpus")
+    parser.add_argument("--final", type=int, default=40, help="the same")
+    parser.add_argument("--prompt", type=int, default=448, help="tokens of prompt")
+    parser.add_argument("--continuation", type=int, default=128, help="tokens judged behind it")
     options = parser.parse_args()
     started = time.monotonic()
 
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
-    log = RowLog(PLACE / f"rows-{options.split}.jsonl", [[name, getattr(options, name)] for name in _ABOUT])
-    training = {"steps": options.steps, "learning_rate": options.learning_rate, "batch": options.batch}
-    keys: list[dict[str, Any]] = [{"what": "dense"}]
-    for blocks in options.blocks:
-        keys.append({"what": "least squares", "blocks": blocks})
-        keys += [{"what": "trained", "blocks": blocks, "training": training}] if options.steps else []
-    bench = None
-    for key in keys:
-        if log.find(**key) is None:
-            bench = bench or _Bench(options, note)
-            log.append(key | bench.row(key))
-    write("kvdistil", options, [row for key in keys if (row := log.find(**key))])
+    about = {name: getattr(options, name) for name in (*SPLITS, "prompt", "continuation")}
+    log = RowLog(PLACE / "rows.jsonl", about)
+    trained = {name: getattr(options, name) for name in _SETTINGS}
+    for setting in ({"blocks": 0}, trained):
+        missing = [
+            (corpus, kv)
+            for corpus in CORPORA
+            for kv in options.kv
+            if not log.find(setting=setting, split=options.split, corpus=corpus, kv=kv)
+            and (setting["blocks"] or "budget" not in kv)  # of another prefill it would be another plan
+        ]
+        if missing:
+            bench = _Bench(setting, sorted({kv for _, kv in missing}, key=[*KV].index), note)
+            for corpus in dict.fromkeys(corpus for corpus, _ in missing):
+                plans = [kv for of_corpus, kv in missing if of_corpus == corpus]
+                log.append(*bench.rows(corpus, options.split, plans, about))
+            bench.forget()
+    options.__dict__.update(dict.fromkeys((*_SETTINGS, "kv", "split")))
+    write("kvdistil", options, log.rows)
 
 
 class _Bench:
-    """The model, the text that chooses, fits and trains, and the text that judges."""
+    """One prefill, behind which plans differ by their KV alone."""
 
-    def __init__(self, options: argparse.Namespace, note: Any) -> None:
-        cache = Cache.default()
-        checkpoint = resolve(DEFAULT_SOURCE, cache, note)
-        tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
-        corpora = {name: registry.load(name, cache, note) for name in CORPORA}
+    def __init__(self, setting: dict[str, Any], plans: Sequence[str], note: Note) -> None:
+        self._setting, self._note, self._cache, self._commit = setting, note, Cache.default(), commit()
+        name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
+        self._folder, self._oracles = PLACE / f"bundle-{name}", dict[str, PDOracle]()
+        for kv in plans:
+            bundle = build(self._recipe(KV[kv]), self._folder, self._cache, note)
+            if not self._oracles:
+                first = oracle_of(bundle, note, None)
+                self._tokenizer = load_tokenizer(bundle.prefill_dir)
+            offsets = KeyOffsets.read(bundle.prefill_dir, bundle.plan)
+            self._oracles[kv] = PDOracle(first.prefill_model, first.decode_model, bundle.plan, offsets)
+        report = self._folder / "reports" / "healing.json"
+        self._healing = json.loads(report.read_text()) if setting["blocks"] else {}
 
-        def text(corpus: str, split: Any, count: int) -> torch.Tensor:
-            return sequences(corpora[corpus].split(split), tokenizer, count, options.length, options.seed)
+    def _recipe(self, kv: dict[str, Any]) -> Recipe:
+        setting = self._setting
+        text = TEXTS[setting.get("text", "mixed")]
+        units = [str(UNITS / "model" / "smollm2.yaml"), str(UNITS / "calibration" / f"{text}.yaml")]
+        content: dict[str, Any] = {"include": units, "name": "kvdistil", "kv": kv}
+        if setting["blocks"]:
+            steps = {"prefill_steps": setting["steps"], **{name: setting[name] for name in ("learning_rate", "sweep")}}
+            content["healing"] = {"compensation": "least-squares", "kv_only_blocks": setting["blocks"]}
+            content["healing"] |= steps if setting["steps"] else {}
+            content["healing"] |= {name: setting[name] for name in ("sequences", "fit_sequences")}
+        PLACE.mkdir(parents=True, exist_ok=True)
+        (PLACE / "recipe.yaml").write_text(json.dumps(content))
+        return Recipe.load(PLACE / "recipe.yaml")
 
-        self._options, self._note = options, note
-        self._ids = text("brown", "calibration", options.fitted)
-        self._judged = {name: text(name, options.split, options.judged) for name in CORPORA}
-        self._dense = StagePair(model, PDPlan.dense(checkpoint.shape("float32")))
+    def rows(self, corpus: str, split: Any, plans: Sequence[str], about: dict[str, int]) -> list[dict[str, Any]]:
+        """The loss of each text behind each plan, nats a token, and how the weights came to be."""
+        documents = registry.load(corpus, self._cache, self._note).split(split)
+        prompt, length = about["prompt"], about["prompt"] + about["continuation"]
+        ids = sequences(documents, self._tokenizer, about[split], length, 0)
+        losses: dict[str, list[float]] = {kv: [] for kv in plans}
+        for part in ids.split(BATCH):
+            state = self._oracles[plans[0]].prefill(part[:, :prompt])
+            for kv in plans:
+                scored = sequence_nll(self._oracles[kv].score(state, part[:, prompt:]))
+                losses[kv] += [round(nll, 6) for nll in scored.tolist()]
+        self._note(f"{self._setting['blocks']} blocks, judged on {corpus}: {', '.join(plans)}")
+        origin = {"which": self._healing.get("kv_only_blocks", []), "healing": self._healing.get("healing", {})}
+        return [
+            {"setting": self._setting, "kv": kv, "split": split, "corpus": corpus, "nll": losses[kv]}
+            | {"saved": _saved(self._oracles[kv], prompt), "commit": self._commit, **origin}
+            for kv in plans
+        ]
 
-    def _which(self, blocks: int) -> list[int]:
-        options = self._options
-        known = json.loads((HERE / "results" / "kvonly.json").read_text())
-        same = [known["options"][name] for name in ("calibration", "length", "seed")]
-        if same == [options.ranked, options.length, options.seed]:
-            rows = [row for row in known["rows"] if row["blocks"] == blocks and row["what"].startswith("K and V")]
-            if rows:
-                return rows[0]["which"]
-        order = RowLog(PLACE / "order.jsonl", [options.ranked, options.fitted, options.length, options.seed])
-        ids = self._ids[: options.ranked]
-        return sorted(order.value("order", lambda: rank(self._dense, ids, self._note))[:blocks])
-
-    def _about(self, blocks: int) -> str:
-        """All that fitted and trained weights depend on, but how they are trained."""
-        fits = {name: getattr(self._options, name) for name in _ABOUT if name not in ("judged", "split")}
-        return json.dumps({"commit": commit(), "which": self._which(blocks)} | fits)
-
-    def row(self, key: dict[str, Any]) -> dict[str, Any]:
-        """What training did, and the loss of each judged sequence, nats a token."""
-        if key["what"] == "dense":
-            return {"commit": commit()} | self._losses(self._dense)
-        options, blocks = self._options, key["blocks"]
-        pair, row = self._refitted(blocks), {"which": self._which(blocks), "commit": commit()}
-        if key["what"] == "trained":
-            section = HealingSection(
-                prefill_steps=options.steps, learning_rate=options.learning_rate, batch=options.batch,
-                sequences=options.fitted, length=options.length, seed=options.seed,
-            )  # fmt: skip
-            about = self._about(blocks)
-            training = f"{options.steps}-{options.learning_rate:g}-{options.batch}"
-            place = PLACE / f"trained-{blocks}-{training}-{_digest(about)}.safetensors"
-            done = place.with_suffix(".blocks")
-            reports = RowLog(place.with_suffix(".jsonl"), about)
-            if not (done.exists() and reports.rows):
-                file = StateFile(place, about)
-                healed = heal(pair, "prefill", self._ids, section, self._note, file=file, clock=time.process_time)
-                save_blocks(healed.pair.changed["prefill"], done.with_suffix(".part"))
-                done.with_suffix(".part").rename(done)
-                reports.append(healed.report)
-                place.unlink(missing_ok=True)
-            row["report"] = reports.rows[-1]
-            pair = pair.with_changes("prefill", read_blocks(done))
-        return row | self._losses(pair)
-
-    def _refitted(self, blocks: int) -> StagePair:
-        options, which, dense = self._options, self._which(blocks), self._dense
-        ids = self._ids[: options.refitted]
-        file = PLACE / f"refitted-{blocks}-{_digest(self._about(blocks))}.safetensors"
-        if not file.exists():
-            pair = fit_kv_only(dense, which, ids, self._note)
-            pair = fit(get_compensation("least-squares").compensate(pair, "prefill", ids, self._note), ids, self._note)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_blocks(pair.changed["prefill"], file.with_suffix(".part"))
-            file.with_suffix(".part").rename(file)
-        actions = tuple(KVOnly() if block in which else Keep() for block in range(len(dense.plan.prefill)))
-        return StagePair(dense.model, dense.plan.with_parts(prefill=actions), {"prefill": read_blocks(file)})
-
-    @torch.no_grad()
-    def _losses(self, pair: StagePair) -> dict[str, list[float]]:
-        losses = {}
-        for name, ids in self._judged.items():
-            parts = [sequence_nll(part) for part in pd_run(pair, ids).logprobs()]
-            losses[f"{name}_nll"] = [round(nll, 6) for nll in torch.cat(parts).tolist()]
-            self._note(f"judged on {name}")
-        return losses
+    def forget(self) -> None:
+        """Remove the bundle; what was trained stays in the cache."""
+        shutil.rmtree(self._folder)
 
 
-def _digest(about: str) -> str:
-    return hashlib.sha256(about.encode()).hexdigest()[:12]
+def _saved(oracle: PDOracle, tokens: int) -> float:
+    """Dense bytes over the plan's, both of a bfloat16 pool; dense bytes of that are twice those of one in fp8."""
+    native = all(send.wire_dtype == "native" for send in oracle.plan.kv)
+    return oracle.plan.reduction(tokens) if native else 2 * oracle.plan.reduction(tokens, "fp8_e4m3")
 
 
 if __name__ == "__main__":

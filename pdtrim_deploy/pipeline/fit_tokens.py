@@ -22,7 +22,7 @@ def fit_sentence(recipe: Recipe, sizes: ModelSizes) -> str | None:
     behind_prompts = recipe.stages == "pair" and bool(decode_loses)
     prompt = healing.length // 2 if behind_prompts else 0
     each = healing.length - prompt + healing.prompt_share * prompt
-    tokens = healing.sequences * each
+    tokens = healing.fitted * each
     if tokens >= TOKENS_A_FEATURE * sizes.inner:
         return None
     enough = math.ceil(TOKENS_A_FEATURE * sizes.inner / each)
@@ -32,9 +32,10 @@ def fit_sentence(recipe: Recipe, sizes: ModelSizes) -> str | None:
         else "so it may fit this text and lose on other text; or set healing.fit: auto"
     )
     counted = f" (a prompt's count {healing.prompt_share:g} each)" if prompt and healing.prompt_share else ""
+    name = "sequences" if healing.fit_sequences is None else "fit_sequences"
     who = "decode's " if behind_prompts else ""
     return (
         f"{who}least squares have {tokens:,.0f} tokens{counted} for {sizes.inner:,} features of a map, "
         f"{tokens / sizes.inner:.1f} a feature where {TOKENS_A_FEATURE} are advised "
-        f"(healing.sequences of {enough:,}), {done}"
+        f"(healing.{name} of {enough:,}), {done}"
     )

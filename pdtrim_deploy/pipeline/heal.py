@@ -168,22 +168,23 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.pair import StagePair
 
     section, ids = context.recipe.healing, texts.fitted(context)
+    few = ids[: section.fitted] if section.enabled else ids  # of fits without gradients
     model = context.model if section.trains and _holds_model(context) else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
-        pair = make_kv_only(pair, section.kv_only_blocks, ids, context.note)
+        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note)
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
-        pair = fit_kv_only(pair, alone, ids, context.note)
+        pair = fit_kv_only(pair, alone, few, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     for stage in _mended_stages(context):
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
         if not blocks_lost and not pair.plan.kept_experts(stage):
             continue  # nothing was lost
-        if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, ids, report):
+        if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, few, report):
             mend = get_compensation(section.compensation, FitRules.of(section)).compensate
-            pair = mend(pair, stage, ids, context.note)
+            pair = mend(pair, stage, few, context.note)
             if stage == "prefill" and pair.plan.kv_only_layers:
-                pair = fit(pair, ids, context.note)
+                pair = fit(pair, few, context.note)
         if section.steps_of(stage):
             file = StateFile(training_file(context, stage), key)
             if stage == "prefill" and file.load() is None:

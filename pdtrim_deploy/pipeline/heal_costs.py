@@ -18,7 +18,7 @@ def fit_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
 def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     """Likely operations of compensation and KV-only blocks (`training_costs`: of training)."""
     pruning, healing = recipe.pruning, recipe.healing
-    tokens, flops = healing.sequences * healing.length, 0.0
+    tokens, flops = healing.fitted * healing.length, 0.0
     prefill_loses = pruning.prefill_loses or healing.kv_only_blocks
     stages = [(pruning.prefill_blocks, prefill_loses), (pruning.decode_blocks, pruning.decode_loses)]
     for removed, lost in stages[:1] if recipe.stages == "unified" else stages:
@@ -28,7 +28,7 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     if healing.prompt_share and pruning.decode_loses:  # decode reads the prompts too
         flops += 2 * sizes.active * tokens * (sizes.blocks - pruning.decode_blocks)
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
-        ranked = min(RANKED, healing.sequences) * healing.length
+        ranked = min(RANKED, healing.fitted) * healing.length
         flops += sizes.active * ranked * sizes.blocks * (sizes.blocks + 1)
         fits = 1 if healing.compensation == "none" else 2
         flops += fits * 4 * sizes.active * tokens * sizes.blocks  # of their K and V, behind both models

@@ -152,6 +152,7 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
     if healing.enabled:
         lines.append(
             f"- Weights mended on {healing.sequences} x {healing.length} tokens of {corpus} (seed {healing.seed})"
+            + (f"; fits without gradients on the first {healing.fitted}" if healing.fit_sequences is not None else "")
         )
     if healing.kv_steps:
         length = kv.prompt_tokens + healing.length // 2

@@ -130,14 +130,14 @@ class _Costs:
     def _heal(self) -> StepCost:
         recipe, sizes, healing = self.recipe, self.sizes, self.recipe.healing
         fits = healing.compensation != "none" or healing.kv_only_blocks or recipe.pruning.distil
-        states = 3 * healing.sequences * healing.length * sizes.hidden * self.item if fits else 0
+        states = 3 * healing.fitted * healing.length * sizes.hidden * self.item if fits else 0
         alone = sizes.kv + sizes.hidden * (sizes.hidden + sizes.inner)  # K and V, and zeros
         kept = healing.kv_only_blocks * alone * self.item
         maps = sizes.blocks * sizes.inner * sizes.hidden * self.item
         maps = maps if healing.compensation == "least-squares" else 0
         ranked = 0
         if healing.kv_only_blocks:  # a batch's states without each candidate (`pruning.kv_only.rank`)
-            ranked = sizes.blocks * min(_RANKED, healing.sequences) * healing.length * sizes.hidden * self.item
+            ranked = sizes.blocks * min(_RANKED, healing.fitted) * healing.length * sizes.hidden * self.item
         student = 16 * sizes.block if recipe.students.steps else 0
         running = self._running(min(8, healing.sequences), healing.length)
         disk = search.disk if (search := self._searched()) and recipe.pruning.distil else 0.0

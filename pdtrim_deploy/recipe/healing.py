@@ -74,6 +74,8 @@ class HealingSection(Section):
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` x `length` a feature
             or more (decode has half of them, and its share of prompts); with fewer it changes them by a diagonal and a
             low rank.
+        fit_sequences: of the text, the first so many are what compensation and K and V of KV-only blocks are fitted on;
+            all, where it is left out. Training needs more text than a fit, and costs more for each sequence.
         prompt_share: of least squares: what a prompt position counts in decode's fit, of a token that decode serves.
             There decode reads the prompt as a whole model does, which it never does in a pair.
         prefill_steps, decode_steps: steps of training by gradients, at most; 0 is off.
@@ -100,6 +102,7 @@ class HealingSection(Section):
     kv_only_blocks: NonNegativeInt = 0
     compensation: CompensationMethod = "none"
     fit: Literal["full", "auto"] = "full"
+    fit_sequences: Annotated[int, Field(ge=2)] | None = None
     prompt_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     prefill_steps: NonNegativeInt = 0
     decode_steps: NonNegativeInt = 0
@@ -119,7 +122,7 @@ class HealingSection(Section):
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump later keys only where they are not the default: older recipes keep their digest."""
-        later = (*_TRAINS, "gradient_checkpointing", "fit", "prompt_share")
+        later = (*_TRAINS, "gradient_checkpointing", "fit", "fit_sequences", "prompt_share")
         fields = type(self).model_fields
         return {
             n: value for n, value in serialise(self).items() if n not in later or getattr(self, n) != fields[n].default
@@ -134,6 +137,8 @@ class HealingSection(Section):
                 f"{name} is {getattr(self, name)} but compensation is {self.compensation}; "
                 "allowed with it: least-squares"
             )
+        if self.fit_sequences is not None and (problem := self._fit_problem(self.fit_sequences)):
+            raise ValueError(f"fit_sequences is {self.fit_sequences} but {problem}")
         if self.minutes is not None and not trains:
             raise ValueError(
                 f"minutes is {self.minutes:g} but no steps are asked for; "
@@ -148,6 +153,18 @@ class HealingSection(Section):
                 f"since learning rates and the result are judged on sequences that are not trained on"
             )
         return self
+
+    def _fit_problem(self, sequences: int) -> str | None:
+        if self.compensation == "none" and not self.kv_only_blocks:
+            return "nothing is fitted; allowed with it: compensation, or kv_only_blocks of at least 1"
+        if sequences > self.sequences:
+            return f"sequences is {self.sequences}; allowed: at most as many"
+        return None
+
+    @property
+    def fitted(self) -> int:
+        """Number of sequences, the first of the text, that fits without gradients read."""
+        return self.sequences if self.fit_sequences is None else self.fit_sequences
 
     def decides(self, *, trains: bool) -> dict[str, Any]:
         """What weights depend on, as JSON; where gradients make them, with the values of training, defaults too."""

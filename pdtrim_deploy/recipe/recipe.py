@@ -97,6 +97,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_division_of_the_text(self) -> Recipe:
+        pruning, few = self.pruning, self.healing.fit_sequences
+        if few is not None and (pruning.finalists or pruning.distil or self.target is not None):
+            raise ValueError(
+                f"healing.fit_sequences is {few} but pruning.finalists, pruning.distil or target divides the text in "
+                "its own way; allowed with these: to leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
         check_target(self.target, pruning, self.kv, healing)

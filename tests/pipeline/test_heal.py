@@ -401,6 +401,33 @@ def test_a_build_fits_again_by_other_rules_of_least_squares(
     assert weights(**change) != before
 
 
+def test_fits_read_the_first_sequences_and_training_all(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many are fitted on as a recipe with so little text has; the rest is for training."""
+    notes = list[str]()
+    monkeypatch.setitem(CHOSEN, "decode", {"removed": [2, 4], "pairs": []})  # students learn from all text
+
+    def weights(**section: object) -> dict[str, torch.Tensor]:
+        healing = {"compensation": "least-squares", "kv_only_blocks": 1, "length": 32} | section
+        recipe = recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2, "method": "anneal"}, healing=healing)
+        bundle = build(recipe, tmp_path / "b", cache, notes.append)
+        changed = heal.changed(context_of(recipe, bundle, cache))
+        card = (bundle.prefill_dir / "README.md").read_text()
+        assert ("fits without gradients on the first 8" in card) == ("fit_sequences" in section)
+        return {f"{stage} {b} {n}": t for stage in STAGES for b, ts in changed[stage].items() for n, t in ts.items()}
+
+    few, first, every = (
+        weights(sequences=8),
+        weights(sequences=16, fit_sequences=8),
+        weights(sequences=16),
+    )
+    assert all(torch.equal(few[name], first[name]) for name in few | first)
+    assert any(not torch.equal(few[name], every[name]) for name in few)
+    weights(sequences=16, fit_sequences=8, prefill_steps=1, batch=2)
+    assert any("KL from the dense model on 4 held-out sequences" in note for note in notes)  # a quarter of 16
+
+
 def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
     plain = recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2}, healing={})
     assert not heal.needed(plain)

@@ -194,6 +194,8 @@ def test_a_recipe_says_when_its_text_is_short():
     assert "decode's least squares have 2,048 tokens for 1,536 features of a map, 1.3 a" in sentence(sequences=16)
     assert "healing.sequences of 120" in sentence(sequences=16)
     assert sentence(sequences=120) is None
+    assert "healing.fit_sequences of 120" in sentence(sequences=400, fit_sequences=16)
+    assert sentence(sequences=400, fit_sequences=120) is None
     assert sentence(sequences=119, fit="auto").endswith("so each map is changed by a diagonal and a low rank alone")
     assert sentence(compensation="norm", sequences=16) is None
     assert sentence(sequences=60, prompt_share=1.0) is None

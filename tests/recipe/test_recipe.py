@@ -99,6 +99,22 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "pruning: {decode_blocks: 1}\nhealing: {compensation: norm, prompt_share: 0.1}",
             "r.yaml: healing.prompt_share is 0.1 but compensation is norm; allowed with it: least-squares",
         ),
+        (
+            "pruning: {decode_blocks: 1}\nhealing: {decode_steps: 5, fit_sequences: 8}",
+            "r.yaml: healing.fit_sequences is 8 but nothing is fitted; allowed with it: compensation, or kv_only",
+        ),
+        (
+            "healing: {kv_only_blocks: 1, sequences: 8, fit_sequences: 9}",
+            "r.yaml: healing.fit_sequences is 9 but sequences is 8; allowed: at most as many",
+        ),
+        (
+            "healing: {kv_only_blocks: 1, fit_sequences: 1}",
+            "healing.fit_sequences is 1; allowed: an integer of at least 2",
+        ),
+        (
+            "pruning: {decode_blocks: 1, finalists: 2}\nhealing: {compensation: norm, fit_sequences: 8}",
+            "r.yaml: healing.fit_sequences is 8 but pruning.finalists, pruning.distil or target divides the text",
+        ),
         ("kv: {sparse_layers: 2}", "r.yaml: kv.method is 'none', which takes no sparse_layers; allowed with it"),
         ("kv: {method: attention-mass, n_last: 4}", "allowed with it: sparse_layers of at least 1"),
         ("kv: {method: all, n_last: 4, sparse_layers: 4}", "takes no sparse_layers; allowed with it: n_first, n_last"),
@@ -343,7 +359,7 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
         ("smollm2-balanced", "0e05d2e227da"),
         ("smollm2-demo", "1d1905f510c2"),
         ("smollm2-dense", "5579346657d1"),
-        ("smollm2-headline", "6c12d408b12e"),
+        ("smollm2-v1-claims", "bee2bf3af0a7"),
         ("qwen3-30b-a3b-experts", "30736d85a37f"),
     ],
 )
@@ -381,6 +397,7 @@ def test_recipes_of_models_that_are_served_calibrate_on_the_mixture(size: str) -
         {"regression": 0.5},
         {"sweep": [1.0]},
         {"gradient_checkpointing": True},
+        {"compensation": "norm", "fit_sequences": 8},
     ],
 )
 def test_a_later_value_of_healing_is_in_the_digest_and_one_of_training_in_the_key(later: dict[str, object]) -> None:

@@ -134,7 +134,7 @@ def test_every_check_has_one_line_and_every_line_a_check(tool, monkeypatch, tmp_
 
 
 OF_A_MODEL = (
-    "switches", "demo", "headline", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
+    "switches", "demo", "vone", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
     "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",
 )  # fmt: skip
 
@@ -183,21 +183,29 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
 
 
+def kvdistil_row(corpus, loss, split="final", kv="native", **setting):
+    trained = {"text": "mixed", "sequences": 320, "steps": 10, "learning_rate": 3e-4} if setting["blocks"] else {}
+    healing = {"prefill": {"steps": 10, "kept": True, "learning_rate": 9e-4}} if setting["blocks"] else {}
+    row = {"setting": {**setting, **trained}, "kv": kv, "split": split, "corpus": corpus, "healing": healing}
+    return row | {"nll": [loss, loss + 0.1], "saved": {"native": 1.0, "k4v3": 4.2}[kv], "commit": "abc"}
+
+
 def test_what_training_leaves_of_kv_only_blocks(tool):
-    """Rises over dense of both corpora, and the trained pair over the fitted one, paired by sequence."""
-    losses = {"dense": 3.0, "least squares": 3.05, "trained": 3.02}
-    rows = [
-        {"what": what, "blocks": 8, "training": {"batch": 4}, "report": {"steps": 10, "kept": True, "sequences": 8}}
-        | {f"{corpus}_nll": [loss, loss + 0.1] for corpus in ("brown", "austen")}
-        for what, loss in losses.items()
-    ]
-    options = {"refitted": 32, "fitted": 64, "length": 256, "judged": 2, "split": "final", "seed": 0}
-    text = tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
-    rises, ratio = "5.1% ± 0.0% / 5.1% ± 0.0% | 2.0% ± 0.0% / 2.0% ± 0.0%", "0.970 ± 0.000 / 0.970 ± 0.000"
-    assert f"| 8 | {rises} | {ratio} | 10, 10,240 |" in text
-    assert "training on 56;" in text  # what was held out judges
-    text = tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": options, "rows": rows[:2]})
-    assert "| 8 | 5.1% ± 0.0% / 5.1% ± 0.0% |  |  |  |" in text
+    """Rises over dense of each corpus and of all, each corpus of the same weight; dense prefill stands first."""
+    corpora = ("brown", "austen", "code", "agents")
+    rows = [kvdistil_row(corpus, 3.02 + 0.01 * at, blocks=8) for at, corpus in enumerate(corpora)]
+    rows += [kvdistil_row(corpus, 3.01, kv="k4v3", blocks=0) for corpus in corpora]
+    rows += [kvdistil_row(corpus, 3.0, blocks=0) for corpus in corpora]
+    rows += [kvdistil_row("brown", 3.0, blocks=12)]  # not judged whole
+    options = {"development": 3, "final": 2, "prompt": 448, "continuation": 128}
+    data = {"environment": ENVIRONMENT, "options": options, "rows": rows}
+    text = tool.TABLES["kvdistil"].render(data)
+    whole, half = "1.0% ± 0.0%", "2.0% ± 0.0% | 3.0% ± 0.0% | 4.1% ± 0.0% | 5.1% ± 0.0% | 3.6% ± 0.0%"
+    assert f"| none |  |  | k4v3 | 4.20x | {' | '.join([whole] * 5)} |" in text
+    assert f"| 8 | mixed, 320 sequences | 10 x 0.0009 | native | 1.00x | {half} |" in text
+    assert "| 12 |" not in text
+    assert "judged on 2 x 128 tokens of the final split" in text
+    assert "Not measured yet" in tool.TABLES["kvdistilchoice"].render(data)
 
 
 def test_the_front_page_is_short():

@@ -6,6 +6,7 @@ from typing import Any
 
 from tables.base import interval, rise, table, weights
 from tables.kv import uniform
+from tables.kvdistil import CORPORA, pairs, rises
 
 HELD_OUT = 64  # tokens of each continuation of bench-kv
 Data = dict[str, Any]
@@ -14,26 +15,19 @@ Data = dict[str, Any]
 _UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
 
 
-def switches(
-    kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data, headline: Data, generated: Data
-) -> str:
+def switches(kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data, claims: Data, generated: Data) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
     planned = rows["ours", 8]
     lengths = planned["reduction_by_prompt"]
     alone = max(row["alone"] for row in prefilltime["rows"])
     (faster,) = (row["faster"] for row in prefilltime["rows"] if row["alone"] == alone)
-    (dense,) = (row for row in kvdistil["rows"] if row["what"] == "dense")
-    fitted, trained = (
-        next(row for row in kvdistil["rows"] if (row.get("blocks"), row["what"]) == (alone, what))
-        for what in ("least squares", "trained")
+    (_, dense), *judged = pairs(kvdistil, "final")
+    trained, losses_alone = next(
+        (row, losses) for row, losses in judged if (row["setting"]["blocks"], row["kv"]) == (alone, "native")
     )
-    untrained, costs = (
-        [rise(row[f"{corpus}_nll"], dense[f"{corpus}_nll"]) for corpus in ("brown", "austen")]
-        for row in (fitted, trained)
-    )
-    steps = trained["report"]["steps"]
-    removed = len(headline["plan"]["decode_dropped"])
+    steps, costs = trained["setting"]["steps"], rises(losses_alone, dense)
+    removed = len(claims["plan"]["decode_dropped"])
     losses = {row["way"]: row["loss"] for row in heal["rows"]}
     refitted, healed = (rise(losses[name], losses["dense"]) for name in ("unhealed", "logits, 1e-4"))
     body = [
@@ -50,13 +44,12 @@ def switches(
             f"KV-only prefill: {alone} of 30 blocks compute K and V alone, prefill is trained for {steps} steps: "
             f"`healing: {{kv_only_blocks: {alone}, prefill_steps: {steps}, ...}}`",
             f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
-            f"{costs[0]} on Brown, whose text trained it, {costs[1]} on Austen; "
-            f"untrained {untrained[0]}, {untrained[1]}",
+            ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()),
             "[blocks](docs/benchmarks/blocks.md)",
         ),
         (
             f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
-            f"{interval(headline['ratios'], 'output tokens/s')} times the output tokens/s, "
+            f"{interval(claims['ratios'], 'output tokens/s')} times the output tokens/s, "
             "in one run with KV cut as well",
             f"{healed} healed for {heal['options']['minutes']:g} CPU minutes, {refitted} without (development text)",
             "[blocks](docs/benchmarks/blocks.md)",

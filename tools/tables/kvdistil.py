@@ -1,4 +1,4 @@
-"""Prefill blocks run for K and V alone: what least squares and training behind it leave of the loss."""
+"""Prefill blocks run for K and V alone, trained, and quantised wires behind them: what each pair loses of each text."""
 
 from __future__ import annotations
 
@@ -8,51 +8,71 @@ from typing import Any
 
 from tables.base import rise, table, where
 
-CORPORA = ("brown", "austen")
+CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
+TEXTS = {"brown": "Brown", "mixed": "mixed"}
+Losses = dict[str, list[float]]
+"""By corpus, of each text, nats a token."""
 
 
 def kvdistil(data: dict[str, Any] | None) -> str:
-    """By blocks: the rise over dense of both, and of the trained pair over the fitted; paired by sequence."""
-    if data is None:
+    """Of final text."""
+    return _table(data, "final")
+
+
+def kvdistilchoice(data: dict[str, Any] | None) -> str:
+    """Of development text, which settings are chosen by."""
+    return _table(data, "development")
+
+
+def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses]]:
+    """A row of each pair judged on texts of all corpora, the dense prefill's first, and its losses."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if row["split"] == split:
+            grouped.setdefault(repr((row["setting"], row["kv"])), []).append(row)
+    whole = [rows for rows in grouped.values() if {row["corpus"] for row in rows} == set(CORPORA)]
+    whole.sort(key=lambda rows: (rows[0]["setting"]["blocks"], rows[0]["setting"].get("steps", 0), rows[0]["saved"]))
+    return [(rows[0], {row["corpus"]: row["nll"] for row in rows}) for rows in whole]
+
+
+def rises(losses: Losses, dense: Losses) -> dict[str, str]:
+    """By corpus, and of all texts together."""
+    each = {corpus: rise(losses[corpus], dense[corpus]) for corpus in CORPORA}
+    return each | {"mean": _mean(losses, dense)}
+
+
+def _mean(losses: Losses, dense: Losses) -> str:
+    """Geometric mean of the ratios of the corpora, each of the same weight."""
+    means, errors = [], []
+    for corpus in CORPORA:
+        differences = [loss - before for loss, before in zip(losses[corpus], dense[corpus], strict=True)]
+        means.append(fmean(differences))
+        errors.append(stdev(differences) / sqrt(len(differences)))
+    ratio = exp(fmean(means))
+    return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
+
+
+def _table(data: dict[str, Any] | None, split: str) -> str:
+    if data is None or not (judged := pairs(data, split)):
         return "Not measured yet: `make bench-kvdistil`."
-    (dense,) = (row for row in data["rows"] if row["what"] == "dense")
-    fitted = {row["blocks"]: row for row in data["rows"] if row["what"] == "least squares"}
-    trained = {row["blocks"]: row for row in data["rows"] if row["what"] == "trained"}
-    lines = []
-    for blocks, before in fitted.items():
-        after = trained.get(blocks)
-        line = (blocks, _rises(before, dense), _rises(after, dense), _ratios(after, before), _steps(after, data))
-        lines.append(line)
-    options = data["options"]
-    held_out = {row["report"]["sequences"] for row in trained.values()}
-    learnt = options["fitted"] - max(held_out, default=0)
+    _, dense = judged[0]
+    lines = [(*_what(row), f"{row['saved']:.2f}x", *rises(losses, dense).values()) for row, losses in judged[1:]]
+    options, (first, _) = data["options"], judged[0]
     text = (
-        f"least squares on {options['refitted']} x {options['length']} tokens of Brown's calibration split, training "
-        f"on {learnt}; judged on {options['judged']} x {options['length'] // 2} tokens of Brown's and "
-        f"Austen's {options['split']} split behind as many of prompt; perplexity, ± one paired standard error"
+        f"trained on sequences of 256 tokens; judged on {options[split]} x {options['continuation']} tokens of the "
+        f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one "
+        "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
     )
-    head = ("blocks of 30", "least squares", "trained behind it", "trained / least squares", "steps, tokens")
-    return table(head, lines) + where(data["environment"], text, f"seed {options['seed']}")
+    head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")
+    return table(head, lines) + where(data["environment"], text, f"commit {first['commit']}")
 
 
-def _rises(row: dict[str, Any] | None, dense: dict[str, Any]) -> str:
-    return " / ".join(rise(row[f"{name}_nll"], dense[f"{name}_nll"]) for name in CORPORA) if row else ""
-
-
-def _ratios(row: dict[str, Any] | None, before: dict[str, Any]) -> str:
-    return " / ".join(_ratio(row[f"{name}_nll"], before[f"{name}_nll"]) for name in CORPORA) if row else ""
-
-
-def _ratio(losses: list[float], others: list[float]) -> str:
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    error = stdev(differences) / sqrt(len(differences))
-    tie = " (tie)" if abs(fmean(differences)) <= 2 * error else ""
-    return f"{exp(fmean(differences)):.3f} ± {error:.3f}{tie}"
-
-
-def _steps(row: dict[str, Any] | None, data: dict[str, Any]) -> str:
-    if row is None:
-        return ""
-    report, tokens = row["report"], row["training"]["batch"] * data["options"]["length"]
-    kept = "" if report["kept"] else ", not kept"
-    return f"{report['steps']}, {report['steps'] * tokens:,}{kept}"
+def _what(row: dict[str, Any]) -> tuple[object, ...]:
+    setting = row["setting"]
+    if not setting["blocks"]:
+        return "none", "", "", row["kv"]
+    report = row["healing"].get("prefill")
+    steps = f"{report['steps']} x {report['learning_rate']:g}" if report else "least squares alone"
+    kept = "" if report is None or report["kept"] else ", not kept"
+    text = f"{TEXTS[setting['text']]}, {setting['sequences']} sequences"
+    return setting["blocks"], text, steps + kept, row["kv"]

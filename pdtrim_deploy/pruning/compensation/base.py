@@ -35,7 +35,7 @@ class FitRules:
     def of(cls, section: HealingSection) -> FitRules:
         """As a recipe has them."""
         falls_back = section.fit == "auto"
-        return cls(falls_back, section.prompt_share, section.sequences if falls_back else None)
+        return cls(falls_back, section.prompt_share, section.fitted if falls_back else None)
 
 
 WHOLE_MAPS = FitRules()
