@@ -53,13 +53,20 @@ PLANS: dict[str, dict[str, Any]] = {
 """Sections of each plan's recipe. 4 + 334 rows of 448 in int4 are as many bytes as 4.95x leaves."""
 
 
+MIXED = {"include": ["calibration/mixed.yaml"]}
+"""The calibration text of bench-quality's plans."""
+
+
 @contextmanager
-def built(model: str, plan: str, place: Path, note: Callable[[str], None]) -> Iterator[Bundle]:
-    """The bundle of one plan, below `place`; removed behind it, for want of room."""
+def built(model: str, sections: dict[str, Any], place: Path, note: Callable[[str], None]) -> Iterator[Bundle]:
+    """The bundle of a recipe of these sections, below `place`; removed behind it, for want of room.
+
+    `include` among them names further units, in recipes/units.
+    """
     units, folder = Path(__file__).resolve().parent.parent / "recipes" / "units", place / "bundle"
-    parts = [str(units / "model" / f"{MODELS[model]}.yaml"), str(units / "calibration" / "mixed.yaml")]
+    parts = [str(units / part) for part in (f"model/{MODELS[model]}.yaml", *sections.get("include", ()))]
     place.mkdir(parents=True, exist_ok=True)
-    (place / "recipe.yaml").write_text(json.dumps({"include": parts, "name": "quality"} | PLANS[plan]))
+    (place / "recipe.yaml").write_text(json.dumps({"name": "quality"} | sections | {"include": parts}))
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield build(Recipe.load(place / "recipe.yaml"), folder, Cache.default(), note)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from __quality_plans import DENSE, MODELS, PLANS, built
+from __quality_plans import DENSE, MIXED, MODELS, PLANS, built
 from __quality_tasks import TASKS, write_tasks
 from __results import HERE, commit, write
 
@@ -68,7 +68,7 @@ def main() -> None:
             check_commits([*there, {"commit": now}])
         prompts: dict[str, list[PrefillState]] = {}
         for plan in dict.fromkeys(plan for _, plan in missing):
-            with built(name, plan, PLACE / name, note) as bundle:
+            with built(name, MIXED | PLANS[plan], PLACE / name, note) as bundle:
                 bench = _Bench(name, plan, bundle, text, prompts if set(PLANS[plan]) == {"kv"} else {}, note)
                 for part in (part for part, of_plan in missing if of_plan == plan):
                     log.append(bench.row(part, options.items))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -57,12 +57,21 @@ class InProcess:
     Args:
         memory: bytes of hidden states in memory at most, not counting those that run at the moment.
         disk: bytes of others in mapped files in `folder` (by default the system's temporary one), at most.
+        progress: hears how far the solutions of a call are.
 
     """
 
     workers = 1
 
-    def __init__(self, objective: Objective, memory: int = MEMORY, disk: int = 0, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        memory: int = MEMORY,
+        disk: int = 0,
+        folder: Path | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._progress = progress
         self.objective, self.blocks, self.batches = objective, objective.blocks, objective.batches
         self._states = HiddenStates(objective, memory, disk, folder)
         self._known = dict[tuple[Route, int, bool], Tensor]()
@@ -91,7 +100,7 @@ class InProcess:
         start = self.objective.forced.route(self.blocks)
         first = [start] if screened and fresh and batch not in self._samples else []  # in the same pass over the blocks
         run = [*first, *(route for route in fresh if (route, batch) not in self._screened)]
-        states = dict(zip(run, self._states.final_states(run, batch), strict=True))
+        states = dict(zip(run, self._states.final_states(run, batch, self._progress), strict=True))
         for route in first:
             self._samples[batch] = self.objective.sample(batch, states[route])
         sample = self._samples.get(batch) if screened else None

@@ -47,10 +47,13 @@ class HiddenStates:
         """The routes to come are much like this one."""
         self._settled = route
 
-    def final_states(self, routes: Sequence[Route], batch: int) -> list[Tensor]:
+    def final_states(
+        self, routes: Sequence[Route], batch: int, progress: Callable[[str], None] = lambda _: None
+    ) -> list[Tensor]:
         """What the last layer of each route puts out: `[sequences, tokens, hidden]`.
 
-        All go on together, block by block: of a model whose weights come from disk each block comes once.
+        All go on together, block by block: of a model whose weights come from disk each block comes once. `progress`
+        hears of each block that was run.
         """
         states, done = [], []
         for route in routes:
@@ -71,6 +74,8 @@ class HiddenStates:
                     outputs[prefix] = self._objective.run(batch, prefix[-1], states[at])
                     self._keep((batch, prefix), outputs[prefix])
                 states[at] = outputs[prefix]
+            if outputs:
+                progress(f"{len(routes)} candidates, block {block + 1}/{self._objective.blocks}")
         return states
 
     def _find(self, key: _Key) -> Tensor | None:

@@ -91,10 +91,12 @@ class SearchInputs:
         """The log of that name, about these inputs and `about`."""
         return Trajectory(self.folder / file if self.folder else None, [*self.key, *about])
 
-    def evaluator(self, objective: NextTokenLoss, prompt_tokens: int, forced: Solution) -> Evaluator:
+    def evaluator(
+        self, objective: NextTokenLoss, prompt_tokens: int, forced: Solution, progress: Progress
+    ) -> Evaluator:
         """Evaluates solutions that lose at least `forced`."""
         if self.evaluator_factory is None:
-            return InProcess(objective, self.memory, self.disk, self.folder)
+            return InProcess(objective, self.memory, self.disk, self.folder, progress)
         return self.evaluator_factory(
             objective, self.ids, prompt_tokens, forced, self.students, self.memory, self.teacher
         )
@@ -195,7 +197,7 @@ def search_stage(
     question: list[object] = [blocks, prompt_tokens, vars(forced), *([sublayers] if sublayers.total else [])]
     trajectory = inputs.trajectory(search_log(name), *question)
     objective = inputs.objective(prompt_tokens, forced, charged=stage == "prefill" or not forced.saved)
-    evaluator = inputs.evaluator(objective, prompt_tokens, forced)
+    evaluator = inputs.evaluator(objective, prompt_tokens, forced, progress)
     problem = Problem(
         inputs.model, inputs.ids, objective, blocks, forced, inputs.protected, inputs.pairs, trajectory, evaluator,
         sublayers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -33,10 +34,20 @@ class CorpusShare(Section):
     share: Annotated[float, Field(gt=0)]
 
 
+DEFAULT_MIXTURE = tuple(
+    CorpusShare(corpus=corpus, share=share)
+    for corpus, share in (("brown", 0.4), ("code", 0.3), ("questions", 0.2), ("recall", 0.1))
+)
+"""Prose, code, questions with answers, and facts to be found in a prompt: what is read where nothing is named."""
+
+
 class CalibrationSection(Section):
     """Text that decides what is removed: `sequences` x `length` tokens of the calibration split.
 
+    Where neither `corpus` nor `mixture` is given, it is `DEFAULT_MIXTURE`.
+
     Attributes:
+        corpus: one for all; of no meaning where there is a `mixture`.
         mixture: several corpora and their shares, in place of `corpus`.
         continuations: `text` reads on where a prompt ends; `greedy` and `sampled` put the dense model's own words
             behind prompts (a conversation is cut off before its last answer), the likeliest or drawn by `seed`.
@@ -66,6 +77,19 @@ class CalibrationSection(Section):
     def prompt(self) -> int:
         """Tokens of the prompts."""
         return self.length // 2 if self.prompt_tokens is None else self.prompt_tokens
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixed_by_default(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "corpus" not in data and data.get("mixture", ()) in ((), []):
+            return {**data, "mixture": DEFAULT_MIXTURE}
+        return data
+
+    @model_validator(mode="after")
+    def _text_of_one_kind(self) -> CalibrationSection:
+        if self.mixture and self.corpus != "brown":  # a dump has the default's name beside a mixture
+            raise ValueError(f"corpus is '{self.corpus}' but mixture is given; allowed with it: mixture []")
+        return self
 
     @model_validator(mode="after")
     def _something_scored(self) -> CalibrationSection:

@@ -100,6 +100,10 @@ def become(request: dict[str, Any]) -> None:
         from speculation_kernels import compute_by_torch
 
         compute_by_torch()
+    if has_copied_heads(request["arguments"]):
+        from unpadded import leave_padding_out
+
+        leave_padding_out()
     del sys.modules[MODULE]
     sys.argv = [MODULE, *request["arguments"]]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
@@ -107,9 +111,23 @@ def become(request: dict[str, Any]) -> None:
 
 def has_linear_attention(arguments: list[str]) -> bool:
     """Whether the worker's model has layers with gated delta nets."""
-    folder = arguments[arguments.index("--model-path") + 1]
-    with open(os.path.join(folder, "config.json")) as file:
-        return "linear_attention" in (json.load(file).get("layer_types") or ())
+    return "linear_attention" in (config(arguments).get("layer_types") or ())
+
+
+def has_copied_heads(arguments: list[str]) -> bool:
+    """Whether the worker has more ranks than its model has KV heads."""
+    ranks = int(value(arguments, "--tp-size")) if "--tp-size" in arguments else 1
+    return ranks > config(arguments).get("num_key_value_heads", ranks)
+
+
+def config(arguments: list[str]) -> dict[str, Any]:
+    """Of the worker's model."""
+    with open(os.path.join(value(arguments, "--model-path"), "config.json")) as file:
+        return json.load(file)
+
+
+def value(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Ranks divide requests among each other (DP attention), in decode or in prefill: the oracle's tokens, on a CPU.
+"""Ranks divide requests among each other (DP attention), in decode and in prefill: the oracle's tokens, on a CPU.
 
 Of a tiny Qwen3, whose plan has all wire dtypes and cut layers: SGLang 0.5.23's Llama and Qwen2 know no DP attention
-(`requirements/dp_attention.py`), and are refused. Whole heads are in each rank, so each sends or takes all of a
-request's rows.
+(`requirements/dp_attention.py`), and are refused. A rank of prefill holds all heads; in decode two ranks share a
+request's heads, and its full layer keeps prompts (radix cache).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +14,13 @@ from tinytext import write_words
 
 from pdtrim_deploy.errors import ServingError
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
-from pdtrim_deploy.gpucheck.options import DP_ATTENTION
+from pdtrim_deploy.gpucheck.options import DP_ATTENTION, RADIX
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.serving.metrics import scrape, total
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
-OPTIONS = {"dtype": "float32", "page_size": 16, "chunked_prefill_size": 64}
+OPTIONS = {"dtype": "float32", "page_size": 16, "chunked_prefill_size": 128}  # 64 for each group of two
 LENGTHS = (1, 40, 97, 333)
 
 
@@ -27,7 +28,8 @@ LENGTHS = (1, 40, 97, 333)
 def bundle(tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grouped")
     corpus = {"corpus": f"dir:{write_words(folder / 'text', files=60, words=1600)}", "sequences": 2}
-    model = tiny_model(folder / "model", "Qwen3ForCausalLM", num_hidden_layers=8, head_dim=32)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    model = tiny_model(folder / "model", "Qwen3ForCausalLM", num_hidden_layers=8, **heads)
     data = {
         "name": "grouped",
         "model": {"source": f"hf:{model}"},
@@ -40,36 +42,35 @@ def bundle(tiny_model, cache, tmp_path_factory):
     return variant(whole, mixed(whole), folder / "mixed")
 
 
-def generate(pair, tokens, new_tokens=8):
+def generate(pair, tokens, new_tokens=6):
     sampling = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     response = httpx.post(f"{pair.url}/generate", json={"input_ids": tokens, "sampling_params": sampling}, timeout=120)
     assert response.status_code == 200, response.text
     return response.json()
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [
-        {"tp_prefill": 2, "tp_decode": 2, "decode_args": DP_ATTENTION},
-        {"tp_prefill": 2, "tp_decode": 1, "prefill_args": DP_ATTENTION},
-    ],
-    ids=["decode", "prefill"],
-)
-def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(bundle, serving, transfers, cache, ranks):
-    plan = bundle.plan
+def reused(pair):
+    """Tokens of prompts whose rows decode had."""
+    return total(scrape(pair.workers[0].metrics_url), "pdtrim_kv_reused_tokens_sum")
+
+
+def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(bundle, serving, transfers, cache):
+    plan, ranks = bundle.plan, {"tp_prefill": 2, "tp_decode": 4}
+    ranks |= {"prefill_args": DP_ATTENTION, "decode_args": (*DP_ATTENTION, *RADIX)}
     with serving(bundle.prefill_dir, bundle.decode_dir, **ranks, **OPTIONS) as pair:
-        result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
+        result = run_fidelity(bundle, pair.url, cache, new_tokens=4)
         assert result.passed, result.problems
         prompts = [[3 + (7 * place + length) % 250 for place in range(length)] for length in LENGTHS]
-        before = transfers(pair)
+        before, known = transfers(pair), reused(pair)
         alone = [generate(pair, prompt)["output_ids"] for prompt in prompts]
         after = transfers(pair)
-        # together in both ranks, whose batches have unlike sizes
+        assert reused(pair) == known, "these prompts were to be new"
+        # together in both groups, whose batches have unlike sizes
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(lambda prompt: generate(pair, prompt), prompts * 4))
         assert [answer["output_ids"] for answer in answers] == alone * 4
-        if "decode_args" in ranks:
-            assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
+        assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
+        assert reused(pair) > known
     moved = {name: after[name] - before[name] for name in after}
     assert moved["payload"] == sum(map(plan.payload_bytes, LENGTHS))
     assert moved["dense"] == sum(map(plan.dense_bytes, LENGTHS))

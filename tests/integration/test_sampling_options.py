@@ -292,4 +292,7 @@ def test_what_a_text_model_cannot_do_is_a_4xx_and_the_next_request_is_served(mix
     ]
     assert 400 <= answers[0].status_code < 500
     assert tokens_of(answers[1].json()).tolist() == plain  # the router drops the field
+    ignored = {"input_ids": PROMPT, "sampling_params": embedded["sampling_params"] | {"ignore_eos": True}}
+    ignored["image_data"] = image["image_url"]["url"]
+    assert httpx.post(f"{mixed_pair.url}/generate", json=ignored, timeout=120).json()["output_ids"] == plain
     assert tokens_of(generate(mixed_pair)).tolist() == plain

@@ -4,6 +4,9 @@ What SGLang lacks of kernels on a CPU is torch's (speculation_kernels.py); trans
 real ones.
 """
 
+import re
+
+import httpx
 import pytest
 from tinytext import write_words
 
@@ -43,6 +46,16 @@ def test_drafts_from_the_text_change_nothing(bundle, serving, cache):
         assert result.passed, result.problems
         samples = scrape(pair.workers[1].metrics_url)
         assert total(samples, "sglang:spec_accept_length") > 1, "no drafted token was accepted"
+        assert re.fullmatch("[b-d]{5}x", answer(pair, regex="[b-d]{5}x"))
+        assert len(set(answer(pair, logit_bias={"77": 100.0}))) == 1
+
+
+def answer(pair, **options):
+    """Text of at most 24 tokens."""
+    body = {"model": "pdtrim", "prompt": "Give a", "max_tokens": 24, "temperature": 0} | options
+    response = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
 
 
 def test_a_draft_models_kv_travels_and_changes_nothing(bundle, serving, cache, tmp_path):

@@ -13,6 +13,8 @@ from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.search.racing import surely_above
 from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.stage_search import SearchInputs
+from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.recipe.pruning import PruningSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 
@@ -144,6 +146,15 @@ def test_decode_is_judged_behind_the_pruned_prefill(model, ids):
         == stages.decode.steps[-1].loss
         == pytest.approx(pd_loss(model, ids, 12, stages.prefill.removed, stages.decode.removed), abs=1e-4)
     )
+
+
+def test_candidates_say_which_block_they_are_in(model, ids):
+    """A look of a large model takes minutes: each block that runs is one step of it."""
+    lines = []
+    choose_stages(SearchInputs(model, ids, Greedy(race_z=None)), 1, 1, progress=lines.append)
+    places = [line.rpartition(" ")[2] for line in lines if "candidates, block " in line]
+    assert places[:BLOCKS] == [f"{block}/{BLOCKS}" for block in range(1, BLOCKS + 1)]
+    assert all(line.startswith("prefill: ") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,12 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ),
         ("calibration: {mixture: [{corpus: brown, share: 0}]}", "mixture.0.share is 0; allowed: a number above 0"),
         (
+            "calibration: {corpus: 'dir:x', mixture: [{corpus: brown, share: 1}]}",
+            "calibration.corpus is 'dir:x' but mixture is given; allowed with it: mixture []",
+        ),
+        ("calibration: {mixture: 0}", "calibration.mixture is 0; allowed: a list of one or more"),
+        ("calibration: {corpus: }", "calibration.corpus is None; allowed: brown, austen"),
+        (
             "calibration: {mixture: brown}",
             "calibration.mixture is 'brown'; allowed: a list of one or more",
         ),
@@ -311,7 +317,8 @@ def test_a_wire_no_smaller_than_an_fp8_pools_rows_is_refused(wire: str) -> None:
 def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     """Bundles of earlier versions are still those of their recipes."""
     dump = Recipe(name="a", model={"source": "pypi:x"}).model_dump(mode="json")
-    assert set(dump["calibration"]) == {"corpus", "sequences", "length", "seed"}
+    named = Recipe(name="a", model={"source": "pypi:x"}, calibration={"corpus": "brown"}).model_dump(mode="json")
+    assert set(named["calibration"]) == {"corpus", "sequences", "length", "seed"}
     assert {"objective", "decode_attentions", "prefill_mlps", "baselines"} & set(dump["pruning"]) == set()
     assert {"target", "stages"} & set(dump) == set()
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
@@ -338,12 +345,32 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
         ("smollm2-dense", "5579346657d1"),
         ("smollm2-headline", "6c12d408b12e"),
         ("qwen3-30b-a3b-experts", "30736d85a37f"),
-        ("llama-3.1-8b-pruned", "d1effbd1a9cb"),
     ],
 )
 def test_shipped_recipes_keep_their_digests(name: str, digest: str) -> None:
-    """As before healing had a method, rates to try, checkpointing; later for Qwen3's mixture and balanced's gates."""
+    """As before healing had a method, rates to try, checkpointing; later for Qwen3's mixture and balanced's gates.
+
+    Those of SmolLM2 rest on Brown's text, as their committed results do.
+    """
     assert Recipe.load(RECIPES / f"{name}.yaml").digest.startswith(digest)
+
+
+def test_text_that_nobody_names_is_the_mixture_of_its_unit() -> None:
+    """Prose, code, questions, recall: a recipe says them by the unit, or by saying nothing."""
+    model = {"source": "pypi:x"}
+    unit = yaml.safe_load((RECIPES / "units" / "calibration" / "mixed.yaml").read_text())["calibration"]
+    silent = Recipe(name="a", model=model).calibration
+    assert silent.model_dump(mode="json")["mixture"] == unit["mixture"]
+    assert {part.corpus for part in silent.shares} == {"brown", "code", "questions", "recall"}
+    assert CalibrationSection(mixture=(), sequences=3).mixture == silent.mixture
+    assert [part.corpus for part in CalibrationSection(corpus="dir:x").shares] == ["dir:x"]
+    assert [part.corpus for part in CalibrationSection(corpus="brown", mixture=[]).shares] == ["brown"]
+
+
+@pytest.mark.parametrize("size", ["llama-3.1-8b", "llama-3.3-70b", "qwen2.5-7b", "qwen3", "glm", "gpt-oss"])
+def test_recipes_of_models_that_are_served_calibrate_on_the_mixture(size: str) -> None:
+    for path in RECIPES.glob(f"{size}*.yaml"):
+        assert Recipe.load(path).calibration.mixture == CalibrationSection().mixture, path.name
 
 
 @pytest.mark.parametrize(

@@ -105,15 +105,13 @@ def smallchunks(data: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def agentic(data: dict[str, Any] | None) -> str:
+def agentic(data: dict[str, Any]) -> str:
     """As `conversation`, of the model whose context holds an agent's turns."""
     return conversation(data, "Qwen2.5-Coder-0.5B-Instruct")
 
 
-def conversation(data: dict[str, Any] | None, model: str = SMOLLM2) -> str:
+def conversation(data: dict[str, Any], model: str = SMOLLM2) -> str:
     """Bytes and TTFT of each turn of a conversation, with decode's radix cache and without it."""
-    if data is None:
-        return "No figures of it are committed yet."
     several = data["options"]["rounds"] > 1
     rows = [
         (

@@ -2,12 +2,11 @@
 
 from pdtrim_deploy.evaluation.corpora.base import SPLITS, Corpus, Document, Split
 from pdtrim_deploy.evaluation.corpora.mixture import mixed
-from pdtrim_deploy.evaluation.corpora.registry import CORPORA, DEFAULT_CORPUS, OF_FILES, load
+from pdtrim_deploy.evaluation.corpora.registry import CORPORA, OF_FILES, load
 from pdtrim_deploy.evaluation.corpora.sampling import prompts, sequences
 
 __all__ = [
     "CORPORA",
-    "DEFAULT_CORPUS",
     "OF_FILES",
     "SPLITS",
     "Corpus",

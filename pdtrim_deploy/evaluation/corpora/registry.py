@@ -29,7 +29,6 @@ CORPORA: dict[str, CorpusKind] = {
     "parquet": ParquetFile(),
     "hub": HubFile(),
 }
-DEFAULT_CORPUS = "brown"
 OF_FILES = ("dir", "file", "jsonl", "parquet")  # kinds that a user has on this machine
 
 

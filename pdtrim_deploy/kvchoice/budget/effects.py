@@ -70,7 +70,8 @@ class Measure:
     def divergence(self, plan: tuple[KVSend, ...]) -> float:
         """KL(dense || plan), nats a token, exact."""
         total = 0.0
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches, 1):
+            self._progress(f"KL of a plan: batch {number}/{len(self._batches)}")
             for expected, row in zip(batch.reference, batch.forward(plan)[-1], strict=True):
                 total += summed_kl(self.problem.oracle.decode, expected, row)
         return total / sum(batch.tokens for batch in self._batches)

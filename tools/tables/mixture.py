@@ -1,0 +1,52 @@
+"""Plans calibrated on the default mixture beside the same on prose alone."""
+
+from __future__ import annotations
+
+from math import exp, sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+from tables.base import rise, table, where
+
+_KINDS = {
+    "brown": "prose",
+    "code": "code",
+    "questions": "questions",
+    "recall": "recall",
+    "agents": "agents' conversations (in neither)",
+}
+_DENSE = "dense"
+
+
+def mixture(data: dict[str, Any] | None) -> str:
+    """For each plan and kind of text: the rise of perplexity by both, and their difference, paired by sequence."""
+    if data is None:
+        return "No figures of it are committed yet."
+    rows, options = {(row["plan"], row["text"]): row for row in data["rows"]}, data["options"]
+    dense, lines = rows[_DENSE, "brown"], []
+    for plan in dict.fromkeys(plan for plan, _ in rows if plan != _DENSE):
+        sides = [rows.get((plan, text)) for text in ("brown", "mixture")]
+        if None in sides:
+            continue
+        for corpus, kind in _KINDS.items():
+            losses = [side[corpus] for side in sides]
+            rises = [rise(side, dense[corpus]) for side in losses]
+            lines.append((plan, kind, *rises, _difference(*losses)))
+        lost = [", ".join(map(str, side["decode"])) for side in sides]
+        if any(lost):
+            lines[-len(_KINDS)] = (f"{plan}: decode loses {' / '.join(lost)}", *lines[-len(_KINDS)][1:])
+    text = (
+        f"blocks chosen on {options['calibration']} x 256 tokens and refitted on {options['fitted']} x 256, KV chosen "
+        f"on {options['kv_sequences']} sequences; rise of perplexity over the unpruned model on {options['sequences']} "
+        f"x {options['continuation']} tokens of each development split behind {options['prompt']} of prompt; the last "
+        "column is the perplexity by the mixture over that by prose, below 1 where the mixture is better; errors are "
+        "paired by sequence"
+    )
+    head = ("plan", "judged on", "calibrated on prose", "calibrated on the mixture", "ratio")
+    return table(head, lines) + where(data["environment"], text)
+
+
+def _difference(prose: list[float], mixed: list[float]) -> str:
+    differences = [after - before for before, after in zip(prose, mixed, strict=True)]
+    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
+    return f"{exp(mean):.3f} ± {exp(mean) * error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
