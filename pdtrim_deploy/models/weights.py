@@ -51,7 +51,7 @@ class ModelSizes:
         hidden, inner, vocabulary = config["hidden_size"], mlp_width(config), config["vocab_size"]
         blocks, (attention, kv_width) = config["num_hidden_layers"], _attention(config)
         attentions = _attentions(config, attention)
-        mlps = [_mlp(config, block) for block in range(blocks)]
+        mlps = _mlps(config)
         experts = _experts(config)
         active = attention + mlps[-1] - (experts.each * (experts.count - experts.top_k) if experts else 0)
         ends = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
@@ -121,6 +121,18 @@ def _attentions(config: Mapping[str, Any], attention: int) -> int:
         return int(blocks * attention)
     others = len(linear.states(config).blocks)
     return int((blocks - others) * attention + others * linear.linear_weights(config))
+
+
+def _mlps(config: Mapping[str, Any]) -> list[int]:
+    """Weights of each block's MLP: those of one kind, dense or of experts, have equally many."""
+    family = known_family((config.get("architectures") or [""])[0])
+    first, of_kind, weights = config.get("first_k_dense_replace") or 0, dict[tuple[bool, bool], int](), list[int]()
+    for block in range(config["num_hidden_layers"]):
+        kind = family.is_dense(config, block), block < first
+        if kind not in of_kind:
+            of_kind[kind] = _mlp(config, block)
+        weights.append(of_kind[kind])
+    return weights
 
 
 def _mlp(config: Mapping[str, Any], block: int) -> int:

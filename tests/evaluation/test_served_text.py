@@ -1,6 +1,7 @@
 """Text as it is served: conversations through a template, requests packed into sequences, corpora mixed."""
 
 import json
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -261,6 +262,7 @@ def test_a_file_of_a_data_set_on_a_hub(cache, monkeypatch):
         with pytest.raises(UserError, match=r"^hub:some/set/b.jsonl: the hub gave no such file \([^\n]*jsonl:PATH$"):
             kind.load("some/set/b.jsonl", cache, print)
         server.shutdown()
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub tries again five times, in 23 s
     with pytest.raises(UserError, match=r"^hub:some/other/a.jsonl: the hub gave no such file \([^\n]*jsonl:PATH$"):
         kind.load("some/other/a.jsonl", cache, print)
     for place in ("some/set/data.csv", "some/set/a.jsonl@../../x", "some/set/a.jsonl@refs/../../x"):

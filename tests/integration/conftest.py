@@ -14,6 +14,7 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, ClusterSpec, ServeEnvironment, WorkerOptions
 from pdtrim_deploy.serving.metrics import scrape
+from pdtrim_deploy.serving.process import stop_all
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +23,9 @@ from shared_pairs import SharedPairs
 
 ROOT = Path(__file__).parents[2]
 SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
+# From SIGTERM to SIGKILL. SGLang looks for the first every five seconds and takes ten to end; that it ends by itself is
+# tested where commands are stopped as users stop them (test_tutorial.py).
+STOP_S = 0.3
 
 
 # Groups from the longest to the shortest: xdist hands them out in this order, so that the last ones are short and no
@@ -112,6 +116,7 @@ def preloading(tmp_path_factory):
     forks = Preloading(tmp_path_factory.mktemp("preloaded") / "log")
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(forks):
         patch.setattr("pdtrim_deploy.serving.cluster.ServerProcess", forks.start)
+        patch.setattr("pdtrim_deploy.serving.cluster.stop_all", lambda group, _: stop_all(group, STOP_S))
         yield
 
 

@@ -33,10 +33,10 @@ class Preloading:
         self._log, self._server = log, None  # type: tuple[Path, _Server | None]
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> ServerProcess:
-        """A fork, where the command starts a worker that imports what the others do."""
-        alone = env.get("OMP_NUM_THREADS") != "1"  # under more, imports start threads, which a fork would lose
-        if alone or list(command[1:3]) != ["-m", "sglang.launch_server"]:
+        """A fork, where the command starts a worker that imports what the others do; of one OpenMP thread."""
+        if list(command[1:3]) != ["-m", "sglang.launch_server"]:
             return ServerProcess(name, command, env, log)
+        env = dict(env) | {"OMP_NUM_THREADS": "1"}  # under more, imports start threads, which a fork would lose
         if self._server is None or self._server.died():
             self._server = _Server(command[0], env, self._log)
         if self._server.imported_under != _read_by_imports(env):

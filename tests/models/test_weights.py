@@ -5,7 +5,7 @@ from tinypd import FAMILIES, tiny
 
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.shape import shipped
-from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.models.weights import ModelSizes, _mlp, _mlps
 from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE
 
 
@@ -22,6 +22,15 @@ def test_sizes_are_those_of_the_modules(family):
     assert sizes.total == weights(model)
     assert sizes.kv_width == layer.self_attn.k_proj.out_features
     assert (sizes.hidden, sizes.inner) == (layer.mlp.down_proj.out_features, layer.mlp.down_proj.in_features)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_mlps_of_a_model_are_those_of_its_blocks(name):
+    config = read_config(shipped()[name])
+    for first in (0, 1, 3):  # with dense blocks before those of experts
+        config |= {"first_k_dense_replace": first}
+        weights = [_mlp(config, block) for block in range(config["num_hidden_layers"])]
+        assert _mlps(config) == weights
 
 
 def test_a_block_for_its_kv_alone_is_no_more_work_than_plans_count():

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
@@ -17,6 +17,7 @@ def plan_of(kv, decode_blocks=0):
     return stand_in(recipe, SHAPE)
 
 
+@settings(max_examples=25)  # the solver takes 0.2 s each
 @given(st.floats(1.01, 20), st.integers(0, 20))
 def test_a_byte_budget_is_kept_and_used(reduction, decode_blocks):
     kv = KVSection(method="budget", reduction=reduction, prompt_tokens=512)

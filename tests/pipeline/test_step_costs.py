@@ -63,9 +63,9 @@ def test_memory_of_each_step_of_real_models(source: str, tmp_path: Path) -> None
     file = tmp_path / "r.yaml"
     file.write_text(
         f"name: r\nmodel: {{source: '{source}', dtype: float32}}\n"
-        "calibration: {corpus: brown, sequences: 4, length: 128}\n"
+        "calibration: {corpus: brown, sequences: 2, length: 64}\n"
         "pruning: {method: streamline, decode_blocks: 2}\n"
-        "kv: {method: attention-mass, sparse_layers: 2, n_first: 4, n_last: 32, sequences: 2, prompt_tokens: 128, "
+        "kv: {method: attention-mass, sparse_layers: 2, n_first: 4, n_last: 32, sequences: 1, prompt_tokens: 64, "
         "continuation_tokens: 8}\n"
     )
     folder = resolve(source, Cache.default()).path
@@ -93,7 +93,7 @@ def test_operations_of_blocks_for_k_and_v_alone_count_their_fits() -> None:
 @pytest.mark.parametrize(
     "healing",
     [
-        {"prefill_steps": 2, "decode_steps": 2},  # the second has Adam's means beside its gradients
+        {"prefill_steps": 1, "decode_steps": 2},  # the second has Adam's means beside its gradients
         {"decode_steps": 2, "gradient_checkpointing": "true", "method": "lora"},
         {"prefill_steps": 2, "kv_only_blocks": 2},  # gradients come through decode
     ],
@@ -109,7 +109,7 @@ def test_memory_of_training(
         f"name: r\nmodel: {{source: 'hf:{folder}', dtype: float32}}\n"
         f"calibration: {{corpus: 'dir:{text}', sequences: 2, length: 48}}\n"
         "pruning: {method: cosine, prefill_blocks: 1, decode_blocks: 1}\n"
-        f"healing: {{{options}, batch: 8, sequences: 16, length: 128}}\n"
+        f"healing: {{{options}, batch: 8, sequences: 8, length: 128}}\n"
     )
     measured = built(file, tmp_path)["heal"]
     costs = step_costs(Recipe.load(file), read_config(folder / "config.json"), Compute())
@@ -120,7 +120,7 @@ def test_memory_of_additions_of_low_rank_to_streamed_blocks(
     tmp_path: Path, tiny_model: Callable[..., Path], text: Path
 ) -> None:
     """All blocks are trained, and written; of no step's memory they are a part."""
-    folder, file = tiny_model(tmp_path / "m", **SIZES), tmp_path / "r.yaml"
+    folder, file = tiny_model(tmp_path / "m", **SIZES | NARROW), tmp_path / "r.yaml"
     file.write_text(
         f"name: r\nmodel: {{source: 'hf:{folder}', dtype: float32}}\n"
         f"calibration: {{corpus: 'dir:{text}', sequences: 2, length: 48}}\n"
