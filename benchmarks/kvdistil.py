@@ -3,8 +3,8 @@
 `make bench-kvdistil`. SmolLM2-135M, dequantised from Q4_1, in float32. A run builds one prefill, as a recipe would: the
 blocks whose absence alone costs least run for their K and V alone, least squares fits these and the layers around the
 gaps, then prefill is trained by what decode predicts behind its KV; and one plan for each of `--kv`. Each pair, and the
-dense prefill behind the same plans, is judged through both stages, on texts of four corpora, two of which
-(Austen's novels, and all but the calibration split of the others) nothing was chosen, fitted or trained on. Losses are
+dense prefill behind the same plans, is judged through both stages, on texts of four corpora. Nothing
+was fitted or trained on Austen's novels, nor on the judged splits of the others. Losses are
 written down as they come (out/bench-kvdistil): a run that is stopped goes on where it was, and the table has all that
 was measured. Settings are chosen with `--split development`.
 """
@@ -73,7 +73,7 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     about = {name: getattr(options, name) for name in (*SPLITS, "prompt", "continuation")}
-    log = RowLog(PLACE / "rows.jsonl", about)
+    log = RowLog(PLACE / "rows.jsonl", about | {"commit": commit()})
     trained = {name: getattr(options, name) for name in _SETTINGS}
     for setting in ({"blocks": 0}, trained):
         missing = [
@@ -149,7 +149,7 @@ class _Bench:
 
 
 def _saved(oracle: PDOracle, tokens: int) -> float:
-    """Dense bytes over the plan's, both of a bfloat16 pool; dense bytes of that are twice those of one in fp8."""
+    """Dense bytes of a bfloat16 pool, twice those of one in fp8, over the plan's, whose native rows are float32."""
     native = all(send.wire_dtype == "native" for send in oracle.plan.kv)
     return oracle.plan.reduction(tokens) if native else 2 * oracle.plan.reduction(tokens, "fp8_e4m3")
 

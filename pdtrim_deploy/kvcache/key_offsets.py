@@ -7,8 +7,9 @@ key is no neighbour of the mean, and every query reads it.
 
 Nor do all channels of the rest matter alike: an error in a channel counts by the queries that it meets there. So what
 travels is multiplied by a key scale, large where queries are large beside keys, and divided by it after. Channels i and
-half + i, which RoPE turns into each other, have the same one, so it stands before RoPE as well as behind. Rows that
-travel native have neither.
+half + i, which RoPE turns into each other, have the same one, so it stands before RoPE as well as behind. Only int4
+and int3 have scales: they give all channels of a head the same error, while fp8's follows each channel and int8's the
+largest. Rows that travel native have neither.
 
 Means, exponents of the scales and what RoPE needs lie in one file beside both stage checkpoints; the plan holds its
 SHA-256. Prefill and decode use the same numbers whatever they are: a wrong one costs precision, different ones would be
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_constants import MAX_EXPONENT, KeyConstants
+from pdtrim_deploy.plan.wire import ROTATED, Code
 
 if TYPE_CHECKING:
     from pdtrim_deploy.plan import KeyOffsetsFile, PDPlan
@@ -63,6 +65,7 @@ class KeyOffsets:
     ) -> None:
         self.layers, self.frequencies, self.scaling = dict(layers), frequencies, scaling
         self.data, self.scaled = data, scaled
+        self._plain = {layer: of_layer.unscaled() for layer, of_layer in self.layers.items()} if scaled else self.layers
         self._tables = [torch.empty(0, 2 * len(frequencies))]  # all: a kernel of another stream may still read one
         self._lock = threading.Lock()
         self._by_device: dict[torch.device, KeyOffsets] = {}
@@ -130,6 +133,10 @@ class KeyOffsets:
             raise UserError(f"{path}: has key scales that are not its means'; {again}")
         by_layer = zip(layers, map(KeyConstants.of, means, powers), strict=True)
         return cls(dict(by_layer), frequencies, scaling, data, scaled=scaled)
+
+    def constants(self, layer: int, code: Code) -> KeyConstants | None:
+        """Those of a layer of decode whose keys travel in a code: scales are 1 where it is not of `ROTATED`."""
+        return (self.layers if code in ROTATED else self._plain).get(layer)
 
     @property
     def file(self) -> KeyOffsetsFile:

@@ -36,7 +36,7 @@ def part_constants(
     """
     if side or part.code == "native" or not rows.key_offset:
         return None
-    constants = None if offsets is None else offsets.layers.get(rows.decode_layer)
+    constants = None if offsets is None else offsets.constants(rows.decode_layer, part.code)
     if constants is None or constants.mean.shape != heads:
         has = "none was given" if constants is None else f"the one given is of {tuple(constants.mean.shape)}"
         raise ValueError(f"keys of decode layer {rows.decode_layer} travel less an offset of {tuple(heads)}; {has}")

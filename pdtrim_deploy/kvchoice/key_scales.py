@@ -41,10 +41,12 @@ def query_squares(oracle: PDOracle, sequences: Tensor) -> Tensor:
     where a family's queries cannot be seen.
     """
     model, runner = oracle.plan.model, oracle.decode
-    heads, dim = int(oracle.decode_model.config.num_attention_heads), model.head_dim
+    heads, dim, tokens = int(oracle.decode_model.config.num_attention_heads), model.head_dim, sequences.shape[1]
     total = torch.zeros(len(runner.kv_layers), model.num_kv_heads, dim // 2, dtype=torch.float64)
 
     def add(of_layer: Tensor, _module: nn.Module, _arguments: Any, queries: Tensor) -> None:
+        if queries.dim() == 4 and queries.shape[1:3] == (heads, tokens):  # norms behind a transpose: Exaone4, Apertus
+            queries = queries.transpose(1, 2)
         rows = queries.reshape(queries.shape[0] * queries.shape[1], -1)[:, : heads * dim]
         squares = rows.float().square().mean(0, dtype=torch.float64).view(model.num_kv_heads, -1, dim).mean(1)
         of_layer += pair_sums(squares).cpu()
@@ -63,6 +65,8 @@ def query_squares(oracle: PDOracle, sequences: Tensor) -> Tensor:
 
 
 def _source(attention: Any) -> nn.Module | None:
+    if hasattr(attention, "query_layernorm"):  # HunYuan's norm stands behind RoPE
+        return None
     modules = (getattr(attention, name, None) for name in SOURCES)
     return next((module for module in modules if isinstance(module, nn.Module)), None)
 

@@ -22,11 +22,11 @@ from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, rotary_table, rotate
 from pdtrim_deploy.kvchoice.base import Progress
 from pdtrim_deploy.kvchoice.key_scales import exponents, pair_sums, query_squares
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
-from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, Code, row_sections
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, ROTATED, Code, row_sections
+from pdtrim_deploy.recipe.kv_cost import KEPT_BACK
 
 STATIC = ("default", "linear", "llama3", "yarn")  # RoPE types whose angles depend on the position alone
 WORTH = 0.98  # share of the squared error that may remain, else a mean, or scales, are not worth their arithmetic
-KEPT_BACK = 4  # one sequence in so many is held out, to test whether they help
 FIRST = 1  # rows left out of the mean: the attention sink differs in magnitude
 FAR = 4096  # positions up to which our rotation is compared with the model's
 TOLERANCE = 1e-5
@@ -116,11 +116,11 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
             for less, with_scales in product(range(2), range(2)):
                 constants = KeyConstants.of(means[layer] * less, powers[less][layer] if with_scales else none)
                 squares = _squares(keys, constants, (cos, sin))
-                by_products = (pair_sums(squares) * queries[layer]).sum(-1) / 2
+                by_products = (pair_sums(squares) * queries[layer]).sum(-1) / 2 * rotary.scaling**2
                 errors[less, with_scales, layer] += torch.stack([squares.sum(-1), by_products], -1)
     helps = errors[1, 0, ..., 0] < WORTH * errors[0, 0, ..., 0]
     of_products = torch.where(helps, errors[1, ..., 1], errors[0, ..., 1])
-    scaled = of_products[1] < WORTH * of_products[0]
+    scaled = (of_products[1] < WORTH * of_products[0]) & (_code(model.head_dim) in ROTATED)
     chosen = [layer for layer in range(layers) if (helps | scaled)[layer].any()]
     kept = torch.where(helps[..., None], means, 0.0)
     steps = torch.where(helps[..., None], powers[1], powers[0]) * scaled[..., None]
@@ -146,7 +146,7 @@ def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:
 def _squares(keys: Tensor, constants: KeyConstants, turn: tuple[Tensor, Tensor]) -> Tensor:
     """float64 `[kv_heads, head_dim]`: squared error of keys in int4, or int8 if the head size does not allow int4."""
     rows, heads, dim = keys.shape
-    code: Code = "int4" if dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
+    code = _code(dim)
     sections = [
         torch.empty(rows, heads, kind.per_head, dtype=getattr(torch, kind.dtype))
         for kind in row_sections(code, "float32", dim)
@@ -155,6 +155,10 @@ def _squares(keys: Tensor, constants: KeyConstants, turn: tuple[Tensor, Tensor])
     codec.encode(keys, slice(0, rows), sections, Less(offset, constants.scale))
     back = codec.decode(sections) * constants.inverse + offset
     return (back.to(keys.dtype).float() - keys.float()).square().sum(0, dtype=torch.float64)
+
+
+def _code(head_dim: int) -> Code:
+    return "int4" if head_dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
 
 
 def _pairs(squares: Tensor) -> Pairs:

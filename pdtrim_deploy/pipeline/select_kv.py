@@ -77,7 +77,7 @@ def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
             "rms_error_of_int4_keys": keys,
             "of_each_kv_head": ["whole", "less the mean"],
             "rms_error_of_query_times_key": products,
-            "of_each_kv_head_then": ["without key scales", "with key scales"],
+            "products_of_each_kv_head": ["without key scales", "with key scales"],
         },
     )
     return measured.offsets

@@ -29,7 +29,7 @@ from pdtrim_deploy.pruning.cost import block_bytes, search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.recipe.kv_cost import STATES, kv_flops, selection_cost
+from pdtrim_deploy.recipe.kv_cost import QUERIES_OF, STATES, kv_flops, selection_cost
 
 _RANKED = 4  # sequences that candidates for KV alone are ranked on at a time
 SHARD = 4e9  # of a stage, as `models.writer` cuts it
@@ -174,6 +174,8 @@ class _Costs:
             kv = kv.model_copy(update={"method": "attention-mass"})
         cost = selection_cost(self.config, self.sizes, kv, self.recipe.model.dtype, self.compute.states(STATES))
         running = self._running(1, kv.prompts[-1])
+        if kv.measures_offsets:  # states of several sequences, and a layer's queries twice in float32
+            running += kv.prompts[-1] * 4 * ((QUERIES_OF - 1) * self.sizes.hidden + 2 * self._query_width)
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()
         flops, passes = kv_flops(kv, self.sizes, self.compute.states(STATES))
         return self._step(computing, disk=cost.disk, flops=flops, reads=self._passes(passes * self.sizes.blocks))
@@ -213,6 +215,11 @@ class _Costs:
         """Bytes of one block's values while a batch goes through it, and of a slice of logits."""
         values = sequences * tokens * (6 * self.sizes.hidden + 3 * min(self.sizes.inner, self.sizes.expert_width * 8))
         return values * self.item + min(LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
+
+    @property
+    def _query_width(self) -> int:
+        heads = int(self.config["num_attention_heads"])
+        return heads * int(self.config.get("head_dim") or self.sizes.hidden // heads)
 
     @property
     def _missing(self) -> float:

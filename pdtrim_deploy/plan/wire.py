@@ -47,6 +47,7 @@ ITEM_BYTES = {
 PoolDtype = Literal["native", "fp8_e4m3", "fp8_e5m2"]  # native: the dtype that the model computes in
 FP8_ROWS: dict[PoolDtype, str] = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}  # torch's names
 SMALLER_THAN_FP8: tuple[WireDtype, ...] = ("native", "int4", "k4v3", "int3")
+ROTATED: tuple[Code, ...] = ("int4", "int3")  # a head's channels are spread over each other before they are rounded
 ROTATED_GROUP = 64
 # So that float16 scales are aligned, and every layer's bytes are a multiple of 4.
 HEAD_DIM_MULTIPLE: dict[WireDtype, int] = {"native": 1, "fp8": 2, "int8": 2, "int4": 4, "k4v3": 32, "int3": 32}
@@ -75,7 +76,7 @@ def row_sections(code: Code, native: str, head_dim: int) -> tuple[Section, ...]:
     """What one token's K (or V) of one KV head consists of, in the order of the sections of packed rows."""
     if code == "native":
         return (Section(native, head_dim),)
-    if code in ("int4", "int3"):
+    if code in ROTATED:
         codes = head_dim * int(code[-1]) // 8
         return Section("uint8", codes), Section("float16", head_dim // rotated_group(head_dim))
     return Section("int8" if code == "int8" else "float8_e4m3fn", head_dim), Section("float16", 1)

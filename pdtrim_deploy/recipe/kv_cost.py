@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BATCH = 16  # sequences that are measured at a time
 DRAWS = 32  # tokens drawn at each position, of the quadratic form of KL
 LOGITS_AT_ONCE = 1 << 24
+KEPT_BACK = 4  # one sequence in so many is held out of what key offsets are measured on, to test them
 QUERIES_OF = 4  # sequences whose queries are measured block by block, side by side
 STATES = 1 << 30  # bytes of hidden states that go through the model side by side
 SIDE_BY_SIDE = 128  # tokens of a sequence's alternatives in one call: as many as make matrices large, and masks not
@@ -80,8 +81,9 @@ def kv_flops(kv: KVSection, sizes: ModelSizes, states: int) -> tuple[float, floa
     blocks, batches = sizes.blocks, -(-kv.sequences // BATCH)
     flops = passes = 0.0
     if kv.measures_offsets:  # keys, then queries
-        flops += 2 * 2 * sizes.active * blocks * kv.sequences * kv.prompt_tokens
-        passes += kv.sequences + -(-kv.sequences // QUERIES_OF)
+        read = kv.sequences - max(1, kv.sequences // KEPT_BACK)
+        flops += 2 * sizes.active * blocks * (kv.sequences + read) * kv.prompt_tokens
+        passes += kv.sequences + -(-read // QUERIES_OF)
     if kv.method in FIXED_KV or kv.method == "random":
         return flops, passes
     lengths = len(kv.prompts)

@@ -97,6 +97,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _judged_on_unseen_questions(self) -> Recipe:
+        gates = [name for name in self.quality if name == "mmlu" or name.startswith("lm_eval:mmlu")]
+        if gates and any(part.corpus == "questions" for part in self.calibration.shares):
+            raise ValueError(
+                f"quality.{gates[0]} judges by MMLU's test questions but calibration reads some of them (corpus "
+                "questions, part of the default mixture); allowed with it: a calibration.mixture without questions"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_division_of_the_text(self) -> Recipe:
         pruning, few = self.pruning, self.healing.fit_sequences
         if few is not None and (pruning.finalists or pruning.distil or self.target is not None):
@@ -189,7 +199,9 @@ class Recipe(Section):
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Read a recipe and everything it includes; UserError names the file, the key and what is allowed."""
-        return cls._parse(*compose(path))
+        data, origins = compose(path)
+        _check_one_text(data, origins)
+        return cls._parse(data, origins)
 
     def changed(self, by: str, section: str, **values: object) -> Recipe:
         """The same recipe with other values in one section; UserError names `by`, the key and what is allowed."""
@@ -213,3 +225,21 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe: every key, no includes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _check_one_text(data: dict[str, Any], origins: Origins) -> None:
+    """A `corpus` of one file does not quietly give way to the `mixture` of another; a dump has both in one file.
+
+    Raises:
+        UserError: there are both.
+
+    """
+    section = data.get("calibration")
+    if not isinstance(section, dict) or not section.get("mixture") or "corpus" not in section:
+        return
+    corpus, mixture = (origins.file_of(("calibration", key)) for key in ("corpus", "mixture"))
+    if corpus != mixture:
+        raise UserError(
+            f"{corpus}: calibration.corpus is {section['corpus']!r} but {mixture.name} gives a mixture; allowed with "
+            "it: mixture []"
+        )

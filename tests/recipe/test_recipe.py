@@ -165,6 +165,7 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "calibration: {corpus: 'dir:x', mixture: [{corpus: brown, share: 1}]}",
             "calibration.corpus is 'dir:x' but mixture is given; allowed with it: mixture []",
         ),
+        ("quality: {mmlu: 0.9}", "quality.mmlu judges by MMLU's test questions but calibration reads some of them"),
         ("calibration: {mixture: 0}", "calibration.mixture is 0; allowed: a list of one or more"),
         ("calibration: {corpus: }", "calibration.corpus is None; allowed: brown, austen"),
         (
@@ -381,6 +382,23 @@ def test_text_that_nobody_names_is_the_mixture_of_its_unit() -> None:
     assert CalibrationSection(mixture=(), sequences=3).mixture == silent.mixture
     assert [part.corpus for part in CalibrationSection(corpus="dir:x").shares] == ["dir:x"]
     assert [part.corpus for part in CalibrationSection(corpus="brown", mixture=[]).shares] == ["brown"]
+
+
+def test_a_corpus_does_not_give_way_to_the_mixture_of_an_included_file(tmp_path: Path) -> None:
+    unit = RECIPES / "units" / "calibration" / "mixed.yaml"
+    recipe = {"include": [str(unit)], "name": "a", "model": {"source": "pypi:x"}, "calibration": {"corpus": "brown"}}
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(
+        UserError, match=r"r.yaml: calibration.corpus is 'brown' but mixed.yaml gives a mixture; allowed"
+    ):
+        Recipe.load(file)
+    file.write_text(yaml.safe_dump(recipe | {"calibration": {"corpus": "brown", "mixture": []}}))
+    assert [part.corpus for part in Recipe.load(file).calibration.shares] == ["brown"]
+    file.write_text(yaml.safe_dump(recipe | {"calibration": {}}))
+    dump = tmp_path / "dump.yaml"
+    dump.write_text(Recipe.load(file).to_yaml())
+    assert Recipe.load(dump) == Recipe.load(file)  # it has the name of the default corpus beside the mixture
 
 
 @pytest.mark.parametrize("size", ["llama-3.1-8b", "llama-3.3-70b", "qwen2.5-7b", "qwen3", "glm", "gpt-oss"])

@@ -13,6 +13,7 @@ from pdtrim_deploy.models.linear_attention import State
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import KVSend, PDPlan, WithoutMLP
+from pdtrim_deploy.plan.wire import SIDES
 
 Sends = tuple[KVSend, ...]
 
@@ -28,9 +29,15 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
         oracles["convolution a token old"] = WrongStates(oracle, _a_token_old)
         if len(plan.model.states.blocks) > 1:
             oracles["states one layer off"] = WrongStates(oracle, lambda states: states[-1:] + states[:-1])
-    if any(map(plan.has_key_offset, range(len(plan.kv)))):
-        oracles["no key offsets"] = oracle.with_offsets(None)
-        if oracle.offsets is not None and oracle.offsets.scaled:
+    if (offsets := oracle.offsets) is not None:
+        used = [
+            constants
+            for layer, send in enumerate(plan.kv)
+            if plan.has_key_offset(layer) and (constants := offsets.constants(layer, SIDES[send.wire_dtype][0]))
+        ]
+        if any(constants.mean.any() for constants in used):
+            oracles["no key offsets"] = oracle.with_offsets(None)
+        if any((constants.scale != 1).any() for constants in used):
             oracles["key scales left in"] = WrongScales(oracle)
     if plan.missing("decode") and (whole := [b for b, action in enumerate(plan.decode) if action.kind == "keep"]):
         cut = tuple(WithoutMLP() if b == whole[-1] else action for b, action in enumerate(plan.decode))
@@ -49,11 +56,12 @@ class WrongScales(PDOracle):
 
     def __init__(self, oracle: PDOracle) -> None:
         super().__init__(oracle.prefill_model, oracle.decode_model, oracle.plan, oracle.offsets)
+        self._means = None if oracle.offsets is None else oracle.offsets.unscaled()
 
     @property
     def decode_offsets(self) -> KeyOffsets | None:
         """The plan's means alone."""
-        return None if self.offsets is None else self.offsets.unscaled()
+        return self._means
 
 
 class WrongStates(PDOracle):
