@@ -72,8 +72,8 @@ class HealingSection(Section):
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` (or
-            `fit_sequences`) x `length` a feature or more (decode has half of them, and its share of prompts); with fewer it changes them by a diagonal and a
-            low rank.
+            `fit_sequences`) x `length` a feature or more (decode has half of them, and its share of prompts); with
+            fewer it changes them by a diagonal and a low rank.
         fit_sequences: of the text, the first so many are what compensation and K and V of KV-only blocks are fitted on;
             all, where it is left out. Training needs more text than a fit, and costs more for each sequence.
         prompt_share: of least squares: what a prompt position counts in decode's fit, of a token that decode serves.
