@@ -14,7 +14,7 @@ SPARSE = KVSend(mode="sparse", n_first=2, n_last=3)
 
 
 def tiny(family, attention="sdpa", **config):
-    torch.manual_seed(FAMILIES.index(family))
+    torch.manual_seed([*FAMILIES, family].index(family))
     model_config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=BLOCKS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=256,
