@@ -204,3 +204,57 @@ def test_int8_and_fp8_have_no_key_scales(wire):
     int4, *_ = case("int4")
     plan4 = int4.with_key_offsets(scaled.file)
     assert not torch.equal(sent(plan4, keys, scaled), sent(plan4, keys, scaled.unscaled()))
+
+
+def test_a_table_that_grew_begins_as_before():
+    offsets = random_offsets(shape(1, 1, 64), [0], scaling=1.3)
+    short = offsets.table(3)
+    assert len(short) == LEAST_POSITIONS
+    assert len(offsets.table(5000)) == 8192
+    torch.testing.assert_close(offsets.table(1)[: len(short)], short, rtol=1e-7, atol=1e-7)
+
+
+class Rotated:
+    """As much of a model as has a RoPE."""
+
+    def __init__(self, rope, **config):
+        llama_config = transformers.LlamaConfig(
+            hidden_size=256, num_attention_heads=4, head_dim=64, max_position_embeddings=8192, rope_parameters=rope,
+            **config,
+        )  # fmt: skip
+        self.model, self.rotary_emb = self, LlamaRotaryEmbedding(llama_config)
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_the_rotation_is_the_models_own(kind):
+    model = Rotated(ROPES[kind])
+    frequencies, scaling = rotary_of(model, 64)
+    assert (scaling > 1.1) == (kind == "yarn")
+    mean = torch.randn(2, 64)
+    offsets, positions = KeyOffsets.make({0: mean}, frequencies, scaling), torch.arange(8192)
+    ours = rotate(mean, *offsets.table(8192)[:8192][:, None].chunk(2, -1))
+    angles = model.rotary_emb(torch.zeros(1), position_ids=positions[None])
+    expected = apply_rotary_pos_emb(mean[None, :, None].expand(1, 2, 8192, 64), mean[None, :, None], *angles)[0][0]
+    assert not ours[0].any()  # of the sink
+    torch.testing.assert_close(ours.transpose(0, 1)[:, 1:], expected[:, 1:], rtol=0, atol=2e-6 * scaling)
+
+
+def test_other_kinds_of_rope_have_no_offsets():
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert rotary_of(Rotated(dynamic), 64) is None
+    assert rotary_of(Rotated(ROPES["default"]), 128) is None  # a part of each head
+    turned = Rotated(ROPES["default"])
+    turned.rotary_emb.attention_scaling = 2.0
+    assert rotary_of(turned, 64).scaling == 2.0
+    usual = turned.rotary_emb.forward
+    turned.rotary_emb = lambda *a, **k: tuple(t.flip(-1) for t in usual(*a, **k))
+    turned.rotary_emb.rope_type, turned.rotary_emb.inv_freq = "default", torch.ones(32)
+    assert rotary_of(turned, 64) is None  # says one thing and does another
+
+
+def test_which_layers_have_one():
+    _, plan, _ = case("int4")
+    assert plan.has_key_offset(0)
+    assert not plan.with_kv((KVSend(),)).has_key_offset(0)
+    assert not plan.with_key_offsets(None).has_key_offset(0)
+    assert all(SIDES[wire][0] != "native" for wire in QUANTISED)

@@ -83,7 +83,7 @@ def test_chunks_move_exactly_the_planned_rows(data, case, tokens):
             assert torch.equal(got[:sinks].float(), rows[:sinks].float())
             less = (0.0, 1.0)
             if side == 0 and plan.has_key_offset(layer):
-                scale = offsets.layers[layer].scale.double()
+                scale = offsets.constants(layer, code).scale.double()
                 less = (plain_offset(offsets, layer, positions)[sinks:], scale)
             check_bound(code, rows[sinks:], got[sinks:], *less)
 
