@@ -18,7 +18,8 @@ class FrozenFigures(BaseModel):
 class PlanFigures(FrozenFigures):
     """The plan in numbers; `n_first`, `n_last` and `share` are those of the sparse layers (None: there is none).
 
-    `*_pairs` counts pairs of blocks of which one student is left; `*_without_attention` and `*_without_mlp` name blocks
+    `*_pairs` counts pairs of blocks of which one student is left; `prefill_kv_only` names blocks that prefill runs for
+    their K and V alone; `*_without_attention` and `*_without_mlp` name blocks
     of which the other sublayer runs alone.
     """
 
@@ -28,6 +29,7 @@ class PlanFigures(FrozenFigures):
     decode_dropped: list[int]
     prefill_pairs: int = 0
     decode_pairs: int = 0
+    prefill_kv_only: list[int] = []
     prefill_without_attention: list[int] = []
     prefill_without_mlp: list[int] = []
     decode_without_attention: list[int] = []
@@ -54,6 +56,7 @@ class PlanFigures(FrozenFigures):
             decode_dropped=list(plan.dropped("decode")),
             prefill_pairs=sum(action.kind == "distilled" for action in plan.prefill) // 2,
             decode_pairs=sum(action.kind == "distilled" for action in plan.decode) // 2,
+            prefill_kv_only=[block for block, action in enumerate(plan.prefill) if action.kind == "kv_only"],
             **missing,
             sparse_layers=len(sparse),
             n_first=_common([send.n_first for send in sparse]),

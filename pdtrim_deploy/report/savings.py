@@ -75,8 +75,10 @@ def savings_table(metrics: Metrics) -> Table:
 def notes(metrics: Metrics) -> Iterator[str]:
     """What the rows rest on, a sentence each."""
     plan = metrics.plan
+    alone = f" ({len(plan.prefill_kv_only)} for K and V alone)" if plan.prefill_kv_only else ""
     yield (
-        f"Of {plan.blocks} blocks prefill runs {plan.blocks - len(plan.prefill_dropped) - plan.prefill_pairs}, decode "
+        f"Of {plan.blocks} blocks prefill runs {plan.blocks - len(plan.prefill_dropped) - plan.prefill_pairs}{alone}, "
+        "decode "
         f"{plan.blocks - len(plan.decode_dropped) - plan.decode_pairs}."
     )
     if metrics.ratios:
