@@ -88,7 +88,6 @@ def _link(link: dict[str, Any]) -> str:
 
 
 def _run(plan: dict[str, Any], stage: str) -> str:
-    run, alone = plan["blocks"] - len(plan[f"{stage}_dropped"]) - plan.get(f"{stage}_pairs", 0), []
-    if stage == "prefill":
-        alone = plan.get("prefill_kv_only", [])
+    run = plan["blocks"] - len(plan[f"{stage}_dropped"]) - plan.get(f"{stage}_pairs", 0)
+    alone = plan.get(f"{stage}_kv_only")
     return f"{run}, {len(alone)} of them for K and V alone" if alone else f"{run}"
