@@ -10,6 +10,7 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.gpucheck.tiny_fp8 import to_fp8
+from pdtrim_deploy.gpucheck.tiny_keys import unbalance
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
@@ -23,11 +24,13 @@ def tiny_bundle(
     size: tiny.Size = tiny.Size(),  # noqa: B008
     architecture: str = "LlamaForCausalLM",
     fp8: str | None = None,
+    uneven_keys: bool = False,
     dtype: str = "float16",
     **more: Any,
 ) -> Bundle:
     """A bundle of a random model and text of its own; `fp8` is a format of tiny_fp8.FP8 that its weights are in.
 
+    `uneven_keys`: those of tiny_keys.py.
     float16 where nothing depends on it, since its roundings are an eighth of bfloat16's: behind those, one wrong row of
     a random model is not seen.
     """
@@ -35,6 +38,8 @@ def tiny_bundle(
     model = tiny.save(folder / "model", size, architecture)
     if fp8 is not None:
         to_fp8(model, fp8)
+    if uneven_keys:
+        unbalance(model)
     recipe = tiny_recipe(folder, model, kv=dict(kv), **more)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
     build(recipe, folder / "bundle", Cache(folder / "cache"), print)

@@ -46,7 +46,7 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     fewer = {"prefill_attentions": 1, "decode_attentions": 2, "prefill_mlps": 1, "decode_mlps": 1}
     whole = {"method": "none", "wire_dtype": "int8"}
     sublayers = lazily(folder / "sublayers", whole, pruning={"method": "greedy"} | fewer)
-    offsets = lazily(folder / "offsets", {**CUT, "wire_dtype": "int4"})
+    offsets = lazily(folder / "offsets", {**CUT, "wire_dtype": "int4"}, uneven_keys=True)
     experts = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 3, "decode": 2}}
     mixture = lazily(folder / "mixture", CUT, architecture=tiny.MIXTURE, pruning=experts)
     bfloat16 = lazily(folder / "bfloat16", CUT, architecture=tiny.MIXTURE, pruning={}, dtype="bfloat16")

@@ -15,6 +15,7 @@ from pdtrim_deploy.gpucheck.pair import Pair
 from pdtrim_deploy.serving.commands import worker_command, worker_environment
 from pdtrim_deploy.serving.probe import is_healthy
 from pdtrim_deploy.serving.process import ServerProcess, stop_all
+from pdtrim_deploy.serving.spec import STOP_S
 
 STOCK_S = 20.0  # its start on one H100
 START_S = 150.0
@@ -53,7 +54,7 @@ def stock_server(pair: Pair, bundle: Bundle) -> Iterator[StockServer]:
                 time.sleep(0.2)
             yield StockServer(worker.url)
         finally:
-            stop_all([process], 10.0)
+            stop_all([process], STOP_S[worker.options.device])
 
 
 def stock_command(command: list[str]) -> list[str]:

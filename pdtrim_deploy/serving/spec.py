@@ -21,6 +21,12 @@ Stage = Literal["prefill", "decode"]
 Role = Literal["prefill", "decode", "unified"]
 """What a worker does: one stage, or both, as SGLang does without disaggregation."""
 Device = Literal["cpu", "cuda"]
+STOP_S: Mapping[Device, float] = {"cpu": 10.0, "cuda": 25.0}
+"""From a worker's SIGTERM to its SIGKILL, seconds.
+
+SGLang 0.5.23 looks for SIGTERM every 5 s, then gives its schedulers 15 s (`managers/tokenizer_manager.py`,
+`sigterm_watchdog`). A scheduler that is killed while it releases a GPU's memory may leave it allocated.
+"""
 SMALL_POOL_TOKENS, SMALL_REQUESTS = 8192, 16  # on a CPU, and where several pairs share GPUs
 
 
@@ -154,7 +160,7 @@ class ClusterSpec:
     workers: tuple[WorkerSpec, ...]
     router: RouterSpec
     start_timeout_s: float = 600.0
-    stop_timeout_s: float = 10.0
+    stop_timeout_s: float = STOP_S["cpu"]
 
     @property
     def prefill(self) -> tuple[WorkerSpec, ...]:
@@ -256,4 +262,4 @@ class ClusterSpec:
                 replace(worker, placement=placement) for worker, placement in zip(workers, placements, strict=True)
             ]
         router = RouterSpec(port or next(ports), next(ports), extra_args=router_args)
-        return cls(tuple(workers), router, start_timeout_s)
+        return cls(tuple(workers), router, start_timeout_s, STOP_S[options.device])

@@ -109,16 +109,25 @@ class Packer:
         """Pack a chunk whose room is live; a GPU may still be at it when this returns."""
         for event in chunk.events:
             event.synchronize()
-        if chunk.states is not None:
-            return self._pack_states(queued_at, chunk, slot, chunk.states)
-        if (moving := chunk.moving) is None:
-            return self._pack(queued_at, chunk, slot, chunk.pages)
+        if chunk.states is not None or (moving := chunk.moving) is None:
+            return self._pack_or_settle(queued_at, chunk, slot, chunk.pages)
         with moving.request.reading() as readers:
             self._pool.after(moving.known)
-            packed = self._pack(queued_at, chunk, slot, moving.pages)
+            packed = self._pack_or_settle(queued_at, chunk, slot, moving.pages)
             if packed.event is not None:
                 readers.append(packed.event)
             return packed
+
+    def _pack_or_settle(self, queued_at: float, chunk: Chunk, slot: int, pages: Any) -> Packed:
+        """Pack; where it raises, the GPU reads no page and writes no slot any more."""
+        try:
+            if chunk.states is not None:
+                return self._pack_states(queued_at, chunk, slot, chunk.states)
+            return self._pack(queued_at, chunk, slot, pages)
+        except Exception:
+            if (event := self._pool.record_event()) is not None:
+                event.synchronize()
+            raise
 
     def _aux_row(self, chunk: Chunk) -> bytes:
         return self._aux.read(chunk.aux_index) if chunk.last and chunk.carries_aux else b""

@@ -115,7 +115,7 @@ def test_plans_compute_less_and_move_keys(tmp_path, judged):
     assert {block.kind for block in graphs[0].prefill} >= {"kv_only"}
     assert (graphs[1].prefill_args, plain[1].prefill_args) == ((), ("--cuda-graph-backend-prefill", "disabled"))
     assert {block.kind for block in sublayers[0].decode} >= {"without_attention", "without_mlp"}
-    assert offsets[0].key_offsets
+    assert offsets[0].key_offsets.scaled
     assert bfloat16[0].model.kv_dtype == "bfloat16"
     assert {send.mode for send in bfloat16[0].kv} == {"sparse"}
     assert float32[0].model.kv_dtype == "float32"

@@ -3,7 +3,9 @@
 import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from bundle_variants import mixed, variant
@@ -23,8 +25,8 @@ from shared_pairs import SharedPairs
 
 ROOT = Path(__file__).parents[2]
 SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
-# From SIGTERM to SIGKILL. SGLang looks for the first every five seconds and takes ten to end; that it ends by itself is
-# tested where commands are stopped as users stop them (test_tutorial.py).
+# From SIGTERM to SIGKILL, in clusters of these fixtures: SGLang looks for the first every five seconds and takes ten to
+# end, so these workers are killed. That SIGTERM makes them end is tested in test_tutorial.py alone.
 STOP_S = 0.3
 
 
@@ -164,7 +166,11 @@ def mixed_pair(shared_pair, mixed_bundle):
 
 @pytest.fixture(scope="session")
 def transfers():
-    """`transfers(cluster)`: bytes so far by what is counted, over the first prefill worker, and requests by outcome."""
+    """`transfers(cluster, more=0, than={})` of the first prefill worker, bytes by what is counted, requests by outcome.
+
+    Prefill counts a request when decode acknowledges its last rows, which may be after the answer: so counters are read
+    once they have stood still, and `more` requests have succeeded than there were in `than`; after 20 s as they are.
+    """
 
     def read(cluster):
         samples = scrape(cluster.workers[0].metrics_url)
@@ -172,4 +178,13 @@ def transfers():
         sums = {name: sum(s.value for s in samples.get(f"pdtrim_kv_{name}_bytes_sum", ())) for name in names}
         return sums | {s.labels["outcome"]: s.value for s in samples.get("pdtrim_kv_requests_total", ())}
 
-    return read
+    def settled(cluster, more=0, than=MappingProxyType({})):
+        deadline, seen = time.monotonic() + 20, None
+        while (now := read(cluster)) != seen or now.get("success", 0) < than.get("success", 0) + more:
+            if time.monotonic() > deadline:
+                break
+            seen = now
+            time.sleep(0.3)
+        return now
+
+    return settled

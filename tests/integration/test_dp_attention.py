@@ -1,8 +1,9 @@
 """Ranks divide requests among each other (DP attention), in decode and in prefill: the oracle's tokens, on a CPU.
 
 Of a tiny Qwen3, whose plan has all wire dtypes and cut layers: SGLang 0.5.23's Llama and Qwen2 know no DP attention
-(`requirements/dp_attention.py`), and are refused. A rank of prefill holds all heads; in decode two ranks share a
-request's heads, and its full layer keeps prompts (radix cache).
+(`requirements/dp_attention.py`), and are refused. In one pair a rank of prefill holds all heads, and in decode two
+ranks share a request's heads, and its full layer keeps prompts (radix cache); in the other prefill's two ranks share
+the heads, and each of decode's holds all.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ def bundle(tiny_model, cache, tmp_path_factory):
     return variant(whole, mixed(whole), folder / "mixed")
 
 
-def generate(pair, tokens, new_tokens=6):
+def generate(pair, tokens, new_tokens=4):
     sampling = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     response = httpx.post(f"{pair.url}/generate", json={"input_ids": tokens, "sampling_params": sampling}, timeout=120)
     assert response.status_code == 200, response.text
@@ -54,24 +55,33 @@ def reused(pair):
     return total(scrape(pair.workers[0].metrics_url), "pdtrim_kv_reused_tokens_sum")
 
 
-def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(bundle, serving, transfers, cache):
-    plan, ranks = bundle.plan, {"tp_prefill": 2, "tp_decode": 4}
-    ranks |= {"prefill_args": DP_ATTENTION, "decode_args": (*DP_ATTENTION, *RADIX)}
+@pytest.mark.parametrize(
+    ("ranks", "senders"),
+    [
+        ({"tp_prefill": 2, "tp_decode": 4, "prefill_args": DP_ATTENTION, "decode_args": (*DP_ATTENTION, *RADIX)}, 1),
+        ({"tp_prefill": 2, "tp_decode": 2, "decode_args": DP_ATTENTION}, 2),
+    ],
+    ids=["groups in both stages", "plain ranks to groups"],
+)
+def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(bundle, serving, transfers, cache, ranks, senders):
+    """`senders` are the ranks of prefill that hold rows of one request, and count it."""
+    plan, keeps_prompts = bundle.plan, RADIX[0] in ranks["decode_args"]
     with serving(bundle.prefill_dir, bundle.decode_dir, **ranks, **OPTIONS) as pair:
         result = run_fidelity(bundle, pair.url, cache, new_tokens=4)
         assert result.passed, result.problems
         prompts = [[3 + (7 * place + length) % 250 for place in range(length)] for length in LENGTHS]
         before, known = transfers(pair), reused(pair)
         alone = [generate(pair, prompt)["output_ids"] for prompt in prompts]
-        after = transfers(pair)
+        after = transfers(pair, senders * len(LENGTHS), before)
         assert reused(pair) == known, "these prompts were to be new"
         # together in both groups, whose batches have unlike sizes
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(lambda prompt: generate(pair, prompt), prompts * 4))
         assert [answer["output_ids"] for answer in answers] == alone * 4
         assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
-        assert reused(pair) > known
+        assert (reused(pair) > known) == keeps_prompts
     moved = {name: after[name] - before[name] for name in after}
+    assert moved["success"] == senders * len(LENGTHS)
     assert moved["payload"] == sum(map(plan.payload_bytes, LENGTHS))
     assert moved["dense"] == sum(map(plan.dense_bytes, LENGTHS))
 

@@ -66,10 +66,10 @@ def bundle(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("options", [PAGE_1, PAGE_16], ids=["page 1", "page 16, chunks of 64"])
 def test_served_tokens_are_the_oracles_and_wrong_offsets_are_told_apart(bundle, serving, transfers, tmp_path, options):
     with serving(bundle.prefill_dir, bundle.decode_dir, dtype="float32", **options) as cluster:
-        before = transfers(cluster)["payload"]
+        before = transfers(cluster)
         body = {"input_ids": list(range(5, 205)), "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
         assert httpx.post(f"{cluster.url}/generate", json=body, timeout=120).status_code == 200
-        assert transfers(cluster)["payload"] - before == bundle.plan.payload_bytes(200)
+        assert transfers(cluster, 1, before)["payload"] - before["payload"] == bundle.plan.payload_bytes(200)
         result = run_fidelity(bundle, cluster.url, Cache(tmp_path), new_tokens=8)
     assert result.passed, result.problems
     assert max(row.prompt_tokens for row in result.rows) > 2 * YARN["original_max_position_embeddings"]

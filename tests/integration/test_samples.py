@@ -124,7 +124,7 @@ def test_the_kv_of_a_prompt_travels_once_a_sample(plan_and_pair, transfers):
     plan, pair = plan_and_pair
     before = transfers(pair)
     assert len(texts(pair, "/v1/completions", body_of("/v1/completions", PROMPTS, n=3))) == 9
-    after = transfers(pair)
+    after = transfers(pair, 9, before)
     assert after["success"] - before.get("success", 0) == 9
     assert after["payload"] - before["payload"] == 3 * sum(plan.payload_bytes(len(prompt)) for prompt in PROMPTS)
 

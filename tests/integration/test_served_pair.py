@@ -68,7 +68,7 @@ def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle, transfers):
     for length in lengths:
         body = {"input_ids": list(range(500, 500 + length)), "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
         assert httpx.post(f"{pair.url}/generate", json=body, timeout=120).status_code == 200
-    after = transfers(pair)
+    after = transfers(pair, len(lengths), before)
     moved = {name: after[name] - before[name] for name in after}
     assert moved["success"] == len(lengths)
     assert moved["payload"] == sum(map(bundle.plan.payload_bytes, lengths))

@@ -13,6 +13,7 @@ from tinytext import write_words
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.gpucheck.options import NGRAM
+from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.metrics import scrape, total
@@ -46,8 +47,12 @@ def test_drafts_from_the_text_change_nothing(bundle, serving, cache):
         assert result.passed, result.problems
         samples = scrape(pair.workers[1].metrics_url)
         assert total(samples, "sglang:spec_accept_length") > 1, "no drafted token was accepted"
+        verified = total(samples, "sglang:spec_verify_calls_total")
+        letter = load_tokenizer(bundle.decode_dir).decode([77])
+        assert answer(pair, logit_bias={"77": 100.0}) == letter * 24
+        verified = total(scrape(pair.workers[1].metrics_url), "sglang:spec_verify_calls_total") - verified
+        assert 0 < verified < 23, "of 24 tokens decode draws 23, a call each if no drafted one is accepted"
         assert re.fullmatch("[b-d]{5}x", answer(pair, regex="[b-d]{5}x"))
-        assert len(set(answer(pair, logit_bias={"77": 100.0}))) == 1
 
 
 def answer(pair, **options):

@@ -2,7 +2,8 @@
 
 Of the tiny bundle with all wire dtypes, on pages of 16 and chunks of 64. Its two KV heads go from four ranks, which
 hold two copies of each, to one, and from one to four such. On a CPU SGLang pads heads where it copies them on a GPU:
-that is left out (unpadded.py). Ranks without copies: test_dp_attention.py, and the fault tests.
+that is left out (unpadded.py). Ranks without copies: test_dp_attention.py, and, in native rows,
+the fault tests.
 """
 
 import httpx
@@ -31,9 +32,9 @@ def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(
                 "sampling_params": {"max_new_tokens": 2, "temperature": 0},
             }
             assert httpx.post(f"{cluster.url}/generate", json=body, timeout=120).status_code == 200
-        after = transfers(cluster)
+        after = transfers(cluster, prefill * len(LENGTHS), before)  # each rank counts its requests
     moved = {name: after[name] - before[name] for name in after}
     copies = max(1, decode // plan.model.num_kv_heads)  # each rank of decode gets one of its own
     assert moved["payload"] == copies * sum(map(plan.payload_bytes, LENGTHS))
     assert moved["dense"] == copies * sum(map(plan.dense_bytes, LENGTHS))
-    assert moved["success"] == prefill * len(LENGTHS)  # each rank counts its requests
+    assert moved["success"] == prefill * len(LENGTHS)

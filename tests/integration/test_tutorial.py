@@ -58,3 +58,5 @@ def test_the_tutorials_servers(tiny_bundle, tmp_path, capsys):
     assert terminal.text.rstrip().endswith(f"stopped by Ctrl-C; {RESUME['serve']}")
     assert "Traceback" not in terminal.text
     assert [session_members(pid) for pid in pids] == [[], []]
+    logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("prefill-0", "decode-0")}
+    assert [name for name, log in logs.items() if "Gracefully exiting" not in log] == [], "did not act on SIGTERM"

@@ -1,6 +1,5 @@
 """A peer sends the rows of its chunks, from the pool's pages or from where an engine has packed them."""
 
-import itertools
 import queue
 import threading
 import time
@@ -212,14 +211,15 @@ class Pages(list):
 def test_a_chunk_is_held_until_its_packing_has_ended_also_where_it_is_not_sent(world, monkeypatch):
     """The GPU reads its pages until then, and memory that nobody holds is another's at once."""
     _, _, channel, owner, peer = world
-    held, at_the_end, gate, numbers = [], [], threading.Event(), itertools.count()
+    held, at_the_end, gate, recorded = [], [], threading.Event(), 0
 
     def unreachable(*_):
         gate.wait(10)
         raise UnreachableError("cannot reach decode worker h:1")
 
     def record_event(_):
-        number = next(numbers)
+        nonlocal recorded
+        number, recorded = recorded, recorded + 1
         return SimpleNamespace(synchronize=lambda: at_the_end.append(held[number]() is not None))
 
     monkeypatch.setattr(PoolView, "record_event", record_event)
@@ -230,16 +230,40 @@ def test_a_chunk_is_held_until_its_packing_has_ended_also_where_it_is_not_sent(w
         peer.submit(replace(chunk(0, 13), pages=pages))
     del pages
     deadline = time.monotonic() + 10
-    while peer._packed.qsize() < 1:  # the second one waits there while the first one is sent
+    while recorded < 2 or not at_the_end:  # the second one is packed while the first one is sent
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    while not at_the_end and time.monotonic() < deadline:
-        time.sleep(0.01)
     gate.set()
-    while len(owner.failed) < 2 and time.monotonic() < deadline:
+    while len(owner.failed) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert owner.failed == ["cannot reach decode worker h:1"] * 2
     assert at_the_end == [True, True]
+
+
+def test_a_chunk_whose_packing_fails_half_way_is_held_until_the_gpu_is_done(world, monkeypatch):
+    """Rows may be on their way into the slot when what comes after them raises."""
+    _, _, channel, owner, peer = world
+    ended = []
+
+    def fail(*_):
+        raise ValueError("no such row")
+
+    def synchronize():
+        ended.append((held() is not None, peer._free.qsize(), [*owner.failed]))
+
+    monkeypatch.setattr(AuxRows, "read", fail)
+    monkeypatch.setattr(PoolView, "record_event", lambda _: SimpleNamespace(synchronize=synchronize))
+    pages = Pages(PAGES)
+    held = weakref.ref(pages)
+    peer.submit(replace(chunk(0, 13), pages=pages))
+    del pages
+    deadline = time.monotonic() + 10
+    while peer._free.qsize() < len(channel.slots) or not owner.failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert owner.failed == ["packing failed: no such row"]
+    assert ended == [(True, len(channel.slots) - 1, [])]
 
 
 def test_a_peer_that_lost_its_connection_may_go_when_nothing_is_left_to_do(world):

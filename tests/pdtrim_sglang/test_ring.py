@@ -412,10 +412,9 @@ def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monke
         server.close()
         return took
 
-    least, overlapped = 2 * count * seconds, (count + 1) * seconds
-    assert elapsed(1) > 0.85 * least
-    # one of three: on a busy machine threads come late
-    assert any(elapsed(2) < (overlapped + least) / 2 for _ in range(3))
+    assert elapsed(1) > 0.85 * 2 * count * seconds
+    # one of three, each beside its neighbour: on a busy machine threads come late
+    assert any(elapsed(2) < 0.85 * elapsed(1) for _ in range(3))
 
 
 @pytest.mark.parametrize("slots", [1, 2])

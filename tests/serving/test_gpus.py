@@ -42,6 +42,12 @@ def test_a_worker_is_told_of_a_gpu_that_it_sees(eight, monkeypatch):
     assert [words[words.index("--base-gpu-id") + 1] for words in command_lines] == ["0", "1"]
 
 
+def test_workers_on_gpus_have_the_time_that_sglang_takes_to_end():
+    """5 s until it looks for SIGTERM, 15 s for schedulers."""
+    spec = ClusterSpec.on_loopback(Path("m"), Path("m"), options=WorkerOptions(device="cuda"), gpus=2)
+    assert spec.stop_timeout_s > 5 + 15
+
+
 def test_what_is_not_visible_does_not_count(eight, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(UserError, match="2 workers of 1, 1 ranks need 2 GPUs and there is 1 here"):
