@@ -62,7 +62,7 @@ def switches(kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data
         f"of {judged:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
         "CPU's. "
         f"Model: {weights()}, computed in float32{_more(wire)}. "
-        f"Measured before keys were scaled{_scaled(wire)}."
+        "Of these only the perplexity of the two wires was measured with key scales."
     )
     return table(("switch", "saves", "costs", "measured"), body) + caption
 
@@ -77,10 +77,6 @@ def _more(wire: Data) -> str:
     """The other models of bench-wire."""
     names = list(uniform(wire["rows"], "k4v3"))[1:]
     return "".join(f"; {weights(name)}" for name in names)
-
-
-def _scaled(wire: Data) -> str:
-    return ", but for uniform wires' perplexity" if any(row.get("keys") == "scaled" for row in wire["rows"]) else ""
 
 
 def _loss(row: Data) -> str:
