@@ -59,9 +59,16 @@ def built(cache, tmp_path):
         ("compressed-block", "float16", FEW),
         ("compressed-channel", "float16", FEW),
         ("fp8-tensor", "float16", FEW | E4M3),
+        ("", "float32", MORE | E4M3),
         ("", "float32", MORE | E5M2),
     ],
-    ids=["weights", "--quantization fp8", "weights and an e4m3 pool", "an e5m2 pool read in each wire dtype"],
+    ids=[
+        "weights",
+        "--quantization fp8",
+        "weights and an e4m3 pool",
+        "an e4m3 pool in each wire dtype",
+        "an e5m2 pool in each wire dtype",
+    ],
 )
 def test_served_tokens_are_the_oracles(built, serving, cache, monkeypatch, kind, dtype, kv):
     loaded = kind == "compressed-channel"  # SGLang quantises what it loads as such a checkpoint is: row by row
