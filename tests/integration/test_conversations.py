@@ -215,17 +215,23 @@ def aborted(pair):
 
 @CUT_ALONE
 def test_a_client_that_leaves_in_the_middle_of_a_long_prefill_leaves_nothing_behind(pair, oracle):
-    """SGLang's prefill hears of it two seconds later: it is slowed down, so most chunks are still to come then."""
+    """SGLang's prefill hears of it two seconds later: it is slowed down, so most chunks are still to come then.
+
+    On a busy machine it may be through before: then another prompt is sent.
+    """
     talk = Conversation("left")
     (answer,) = ask(pair, talk.say())
     talk.heard(answer)
-    prompt = random.Random("long").choices(range(3, VOCABULARY), k=13 * CHUNK)
-    counted, whole, deadline = aborted(pair), transferred(pair), time.monotonic() + 60
-    with slowed(scheduler(pair.workers[0].pid), 60):
-        with contextlib.suppress(httpx.ReadTimeout):
-            httpx.post(f"{pair.url}/generate", json=body_of(prompt) | {"stream": True}, timeout=1)
-        while aborted(pair) == counted and transferred(pair) == whole and time.monotonic() < deadline:
-            time.sleep(0.1)
+    for attempt in range(3):
+        prompt = random.Random(f"long {attempt}").choices(range(3, VOCABULARY), k=13 * CHUNK)
+        counted, whole, deadline = aborted(pair), transferred(pair), time.monotonic() + 60
+        with slowed(scheduler(pair.workers[0].pid), 25):
+            with contextlib.suppress(httpx.ReadTimeout):
+                httpx.post(f"{pair.url}/generate", json=body_of(prompt) | {"stream": True}, timeout=1)
+            while aborted(pair) == counted and transferred(pair) == whole and time.monotonic() < deadline:
+                time.sleep(0.1)
+        if transferred(pair) == whole:
+            break
     assert (aborted(pair) - counted, transferred(pair) - whole) == (1, 0)
     while any(held(pair)):
         assert time.monotonic() < deadline, held(pair)
