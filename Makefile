@@ -130,7 +130,7 @@ bench-%: setup
 	$(BUILD)/python benchmarks/$*.py
 
 readme: setup-build  ## write the tables of README and docs from benchmarks/results and, if there is one, the last demo
-	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --demolimited ,$(wildcard out/demolimited/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json)) $(addprefix --vone ,$(wildcard out/claims/report/metrics.json))
+	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --demolimited ,$(wildcard out/demolimited/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json)) $(addprefix --claims ,$(wildcard out/claims/report/metrics.json))
 
 clean:  ## remove outputs and caches, keep the environments
 	rm -rf out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

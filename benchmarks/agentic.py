@@ -21,7 +21,9 @@ TURNS = 8  # of the scenario's 16, to prompts of 16k tokens; the model's context
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="conversations")
-    parser.add_argument("--turns", type=int, default=TURNS, help="turns of each conversation (14 at most)")
+    parser.add_argument(
+        "--turns", type=int, default=TURNS, choices=range(1, 15), metavar="N", help="turns of each (14 at most)"
+    )
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

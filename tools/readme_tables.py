@@ -67,7 +67,7 @@ def written(text: str, results: Path = RESULTS) -> str:
 def main() -> None:
     """Rewrite README and docs in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("demo", "demolimited", "headline", "vone"):
+    for name in ("demo", "demolimited", "headline", "claims"):
         parser.add_argument(f"--{name}", type=Path, help=f"metrics.json to keep as benchmarks/results/{name}.json")
     for name, metrics in vars(parser.parse_args()).items():
         if metrics:

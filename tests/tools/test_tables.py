@@ -134,7 +134,7 @@ def test_every_check_has_one_line_and_every_line_a_check(tool, monkeypatch, tmp_
 
 
 OF_A_MODEL = (
-    "switches", "demo", "vone", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
+    "switches", "demo", "claims", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
     "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",
 )  # fmt: skip
 

@@ -41,7 +41,7 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "vone", "generated"), front.switches),
+    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
@@ -49,7 +49,7 @@ TABLES = {
     "demo": Table(("demo",), demo.demo),
     "demolimited": Table(("demolimited",), demo.demolimited, optional=True),
     "headline": Table(("headline",), demo.headline, optional=True),
-    "vone": Table(("vone",), demo.demo),
+    "claims": Table(("claims",), demo.demo),
     "kv": Table(("kv",), kv.kv),
     "kvlengths": Table(("kv",), kv.kvlengths),
     "shares": Table(("shares",), shares.shares, optional=True),

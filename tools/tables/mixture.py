@@ -32,9 +32,13 @@ def mixture(data: dict[str, Any] | None) -> str:
             losses = [side[corpus] for side in sides]
             rises = [rise(side, dense[corpus]) for side in losses]
             lines.append((plan, kind, *rises, _difference(*losses)))
-        lost = [", ".join(map(str, side["decode"])) for side in sides]
-        if any(lost):
-            lines[-len(_KINDS)] = (f"{plan}: decode loses {' / '.join(lost)}", *lines[-len(_KINDS)][1:])
+        lost = [
+            f"{stage} loses {' / '.join(', '.join(map(str, side[stage])) for side in sides)}"
+            for stage in ("prefill", "decode")
+            if any(side[stage] for side in sides)
+        ]
+        if lost:
+            lines[-len(_KINDS)] = (f"{plan}: {', '.join(lost)}", *lines[-len(_KINDS)][1:])
     budgets = any(plan.startswith("budget") for plan, _ in rows)
     kv = f", KV chosen on {options['kv_sequences']} sequences" if budgets else ""
     text = (
