@@ -1,11 +1,11 @@
-"""Pruned against dense in interleaved rounds, beside what the plan predicts -> results/compare.json.
+"""Blocks removed, KV cut, and both, against dense in interleaved rounds -> results/compare.json. `make bench-compare`.
 
-`make bench-compare`.
-
-Both pairs are up at once and take the same load in turns. Two parts, each with servers of its own:
+All pairs of a part are up at once and take the same load in turns, on a machine that does nothing else. Two parts, each
+with servers of its own:
 
 decode: short prompts, long answers, many at once, so that model compute dominates. Predicted from the weights that a
-request passes through: blocks by stage, and the LM head, which no pruning takes away.
+request passes through: blocks by stage, and the LM head, which no pruning takes away. A pair with fewer blocks removed
+tells how a step's time falls with blocks: what a line through the three leaves at no block is no block's time.
 transfer: long prompts, one at a time, KV over a relay on loopback that lets 100 Mb/s through. Predicted: the bytes.
 
 Which blocks go makes no difference to speed: they are chosen by cosine, and nothing here is about quality.
@@ -19,6 +19,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from __results import write
@@ -35,9 +36,9 @@ from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-compare"
-PAIRS = ("dense", "pruned")
-# Share of what is predicted that shall be measured: of the saving by blocks, of the factor by bytes.
-GOALS = {"decode": 0.9, "transfer": 0.8}
+DENSE, HALF = "dense", "half of the blocks"
+PARTS = {"decode": (DENSE, HALF, "blocks", "KV", "both"), "transfer": (DENSE, "blocks", "KV", "both")}
+"""The pairs of each part; HALF has half as many blocks removed as "blocks" and "both"."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Weights:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(GOALS), default=list(GOALS))
-    parser.add_argument("--rounds", type=int, default=8, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--rounds", type=int, default=16, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written"
+    )
     parser.add_argument("--prefill-blocks", type=int, default=2, help="removed")
     parser.add_argument("--decode-blocks", type=int, default=8, help="removed")
     parser.add_argument("--batch", type=int, default=8, help="of part decode")
@@ -71,68 +74,79 @@ def main() -> None:
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    bundles = {"dense": bundle_of(None), "pruned": bundle_of(options)}
-    for name, bundle in bundles.items():
-        print(f"{name}: {len(bundle.plan.prefill_layers)} + {len(bundle.plan.decode_layers)} blocks")
-    rows = [row for part in options.parts for row in {"decode": decode, "transfer": transfer}[part](bundles, options)]
+    bundles = {name: bundle_of(name, options) for name in PARTS["decode"]}
+    measure = {"decode": decode, "transfer": transfer}
+    rows = [row for part in options.parts for row in measure[part](bundles, options)]
     for row in rows:
-        print(
-            "{figure}: predicted {predicted:.3f}, measured {ratio:.3f} ({low:.3f} - {high:.3f})".format(**row), end=""
-        )
-        print(", {of_saving:.2f} of the saving, {of_factor:.2f} of the factor".format(**row))
+        print(row)
     if options.rounds >= LEAST_ROUNDS:
         print(write("compare", options, rows))
 
 
-def bundle_of(options: argparse.Namespace | None) -> Bundle:
-    """The dense bundle, or the pruned one: only first 4 and last 128 prompt tokens travel, in the pool's dtype."""
+def bundle_of(name: str, options: argparse.Namespace) -> Bundle:
+    """A pair's bundle. Where KV is cut, only first 4 and last 128 prompt tokens travel, in the pool's dtype."""
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-dense.yaml")
-    if options is None:
-        return build(recipe, OUT / "dense", Cache.default(), print)
-    blocks = {"prefill_blocks": options.prefill_blocks, "decode_blocks": options.decode_blocks}
-    recipe = recipe.changed("benchmarks/compare.py", "pruning", method="cosine", **blocks)
-    recipe = recipe.changed("benchmarks/compare.py", "kv", method="all", n_first=4, n_last=128)
-    return build(recipe, OUT / "-".join(["pruned", *map(str, blocks.values())]), Cache.default(), print)
+    removed = {"prefill_blocks": options.prefill_blocks, "decode_blocks": options.decode_blocks}
+    if name in (HALF, "blocks", "both"):
+        counts = {stage: count // 2 for stage, count in removed.items()} if name == HALF else removed
+        recipe = recipe.changed("benchmarks/compare.py", "pruning", method="cosine", **counts)
+    if name in ("KV", "both"):
+        recipe = recipe.changed("benchmarks/compare.py", "kv", method="all", n_first=4, n_last=128)
+    folder = "-".join([*name.split(), *map(str, removed.values())])
+    return build(recipe, OUT / folder, Cache.default(), print)
 
 
 def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """ITL and output tokens a second."""
+    """ITL and output tokens a second, and the part of a step that blocks have no part in."""
     prompt = 8
     load = Scenario.closed(options.batch, options.batch, (prompt,) * 2, (options.answer,) * 2, seed=options.seed)
-    rounds, busy = measured(bundles, load, options, None)
-    dense, pruned = (Weights.of(bundles[name]) for name in PAIRS)
-    step = (pruned.decode + pruned.head) / (dense.decode + dense.head)
-    whole = pruned.request(prompt, options.answer) / dense.request(prompt, options.answer)
-    more = {"load_average": busy, "blocks_alone": round(pruned.decode / dense.decode, 4)}
-    return [row("decode", "ITL p50", step, rounds) | more, row("decode", "output tokens/s", 1 / whole, rounds) | more]
+    rounds, busy = measured("decode", bundles, load, options, None)
+    weights = {name: Weights.of(bundle) for name, bundle in bundles.items()}
+    dense, rows = weights[DENSE], list[dict[str, Any]]()
+    for name, pair in weights.items():
+        if name != DENSE:
+            step = (pair.decode + pair.head) / (dense.decode + dense.head)
+            whole = pair.request(prompt, options.answer) / dense.request(prompt, options.answer)
+            predicted = {"ITL p50": step, "output tokens/s": 1 / whole}
+            rows += [row("decode", name, figure, value, rounds, busy) for figure, value in predicted.items()]
+    kept = [len(bundles[name].plan.decode_layers) for name in (DENSE, HALF, "blocks")]
+    times = [rounds.total[name].itl_ms.p50 or 0.0 for name in (DENSE, HALF, "blocks")]
+    slope, outside = linear_regression(kept, times)
+    line = {"blocks": kept, "itl_ms": times, "block_ms": slope, "outside_blocks_ms": outside}
+    return [*rows, {"part": "step", "head_of_weights": dense.head / (dense.decode + dense.head)} | line]
 
 
 def transfer(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Transfer time, from the first chunk's queueing to the last one's acknowledgement."""
+    """Transfer time, from the first chunk's queueing to the last one's acknowledgement; TTFT and E2E."""
     load = Scenario.closed(2, 1, (options.prompt,) * 2, (4, 4), seed=options.seed)
-    rounds, busy = measured(bundles, load, options, Link.parse(options.link))
-    sent = {name: rounds.total[name].workers for name in PAIRS}
+    rounds, busy = measured("transfer", bundles, load, options, Link.parse(options.link))
+    sent = {name: rounds.total[name].workers for name in PARTS["transfer"]}
     sizes = {name: workers.payload_bytes / workers.requests for name, workers in sent.items() if workers is not None}
-    planned = {name: bundle.plan.payload_bytes(options.prompt) for name, bundle in bundles.items()}
+    planned = {name: bundles[name].plan.payload_bytes(options.prompt) for name in PARTS["transfer"]}
     if sizes != planned:
         raise SystemExit(f"{sizes} bytes a request were sent, the plans say {planned}")
-    more = {"load_average": busy, "link": options.link, "bytes": planned}
-    return [row("transfer", "KV transfer time", planned["pruned"] / planned["dense"], rounds) | more]
+    rows = list[dict[str, Any]]()
+    for name in PARTS["transfer"][1:]:
+        share = planned[name] / planned[DENSE]
+        rows.append(row("transfer", name, "KV transfer time", share, rounds, busy))
+        rows += [row("transfer", name, figure, None, rounds, busy) for figure in ("TTFT p50", "E2E p50")]
+    return rows
 
 
 def measured(
-    bundles: dict[str, Bundle], load: Scenario, options: argparse.Namespace, link: Link | None
+    part: str, bundles: dict[str, Bundle], load: Scenario, options: argparse.Namespace, link: Link | None
 ) -> tuple[Rounds, float]:
-    """All rounds on both pairs, and what else the machine did before them."""
+    """All rounds on all pairs of a part, and the load average before them."""
     with ExitStack() as stack:
         sides = {}
-        for name, bundle in bundles.items():
+        for name in PARTS[part]:
+            bundle = bundles[name]
             starting = cluster_of(
                 bundle, options=WorkerOptions.beside_others(served_model_name=bundle.path.resolve().name), say=print
             )
             cluster = stack.enter_context(throttled(starting, link) if link else starting)
             sides[name] = Side(cluster.url, Workers.of(cluster))
-        time.sleep(5)
+        time.sleep(60)  # of the load average over a minute nothing is left of the start
         busy = round(os.getloadavg()[0], 1)
         rounds = interleave(sides, repeats(load, options.rounds), driver("builtin"), "builtin", print)
     if failed := {name: result.failure_details for name, result in rounds.total.items() if result.failed}:
@@ -140,16 +154,13 @@ def measured(
     return rounds, busy
 
 
-def row(part: str, figure: str, predicted: float, rounds: Rounds) -> dict[str, Any]:
-    """Pruned over dense; `of_saving` is of what lies between 1 and the prediction, `of_factor` of the factor itself."""
+def row(part: str, name: str, figure: str, predicted: float | None, rounds: Rounds, busy: float) -> dict[str, Any]:
+    """A pair's figure over dense's."""
     read = FIGURES[figure]
-    each = [(read(b) or 0) / (read(a) or 1) for a, b in zip(*(rounds.by_round[name] for name in PAIRS), strict=True)]
+    pairs = zip(rounds.by_round[DENSE], rounds.by_round[name], strict=True)
+    each = [(read(pruned) or 0) / (read(dense) or 1) for dense, pruned in pairs]
     ratio = Ratio.of(figure, each if len(each) > 1 else each * 2)  # one round: a trial, without an interval
-    of_factor = predicted / ratio.ratio if predicted < 1 else ratio.ratio / predicted
-    of_saving = (1 - ratio.ratio) / (1 - predicted)
-    fraction = of_saving if part == "decode" else of_factor
-    fields = {"part": part, "predicted": predicted, "of_saving": of_saving, "of_factor": of_factor}
-    return fields | ratio.model_dump() | {"goal": GOALS[part], "reached": fraction >= GOALS[part]}
+    return {"part": part, "pair": name, "predicted": predicted, "load_average": busy} | ratio.model_dump()
 
 
 def _matrices(folder: Path) -> tuple[int, int]:

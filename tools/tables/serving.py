@@ -28,25 +28,37 @@ def engines(data: dict[str, Any]) -> str:
 
 
 def compare(data: dict[str, Any]) -> str:
-    """Pruned over dense beside what the plan predicts."""
+    """Blocks removed, KV cut and both over dense, beside what the plan predicts."""
     rows = [
         (
+            row["pair"],
             row["figure"],
-            f"{row['predicted']:.3f}",
+            "" if row["predicted"] is None else f"{row['predicted']:.3f}",
             f"{median(row['rounds']):.3f} ({min(row['rounds']):.3f}-{max(row['rounds']):.3f})",
             ratio(row, "ratio", "low", "high"),
             row["load_average"],
         )
         for row in data["rows"]
+        if row["part"] != "step"
     ]
     options = data["options"]
     caption = (
-        f"{options['prefill_blocks']} and {options['decode_blocks']} of 30 blocks removed; transfer over a relay of "
-        f"{options['link']} on loopback"
+        f"blocks: {options['prefill_blocks']} of 30 removed from prefill and {options['decode_blocks']} from decode; "
+        f"KV: the first 4 and last 128 rows travel; transfer time, TTFT and E2E of {options['prompt']}-token prompts "
+        f"over a relay of {options['link']} on loopback, ITL and tokens/s of {options['batch']} requests at once"
     )
-    head = ("pruned / dense", "predicted by blocks or bytes", "median round (least-most)",
+    head = ("what is pruned", "over dense", "predicted by weights or bytes", "median round (least-most)",
             "geometric mean (95% interval)", "load average")  # fmt: skip
-    return table(head, rows) + where(data["environment"], f"{options['rounds']} interleaved rounds", caption)
+    lines = [
+        f"With {' / '.join(map(str, row['blocks']))} blocks a decode step took "
+        f"{' / '.join(f'{ms:.1f}' for ms in row['itl_ms'])} ms: {row['block_ms']:.2f} ms a block, and outside blocks "
+        f"{row['outside_blocks_ms'] / row['itl_ms'][0]:.0%} of a dense step, where the LM head has "
+        f"{row['head_of_weights']:.0%} of the weights."
+        for row in data["rows"]
+        if row["part"] == "step"
+    ]
+    tail = "".join(f"\n\n{line}" for line in lines)
+    return table(head, rows) + tail + where(data["environment"], f"{options['rounds']} interleaved rounds", caption)
 
 
 def transport(data: dict[str, Any]) -> str:
