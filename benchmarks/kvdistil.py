@@ -5,8 +5,8 @@ blocks whose absence alone costs least run for their K and V alone, least square
 gaps, then prefill is trained by what decode predicts behind its KV; and one plan for each of `--kv`. Each pair, and the
 dense prefill behind the same plans, is judged through both stages, on texts of four corpora. Nothing
 was fitted or trained on Austen's novels, nor on the judged splits of the others. Losses are
-written down as they come (out/bench-kvdistil): a run that is stopped goes on where it was, and the table has all that
-was measured. Settings are chosen with `--split development`.
+written down as they come (out/bench-kvdistil): a run that is stopped goes on where it was. The file keeps rows of other
+commits; the table pairs each with the dense row of its commit. Settings are chosen with `--split development`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KV: dict[str, dict[str, Any]] = {
     "budget 4.95x": {"method": "budget", "reduction": 9.9, "recall": 0.25, "sequences": 24, "prompt_tokens": 448},
 }
 SPLITS = ("development", "final")
-_SETTINGS = ("blocks", "text", "steps", "learning_rate", "sweep", "sequences", "fit_sequences")
+_SETTINGS = ("blocks", "text", "steps", "learning_rate", "sweep", "sequences", "fit_sequences", "length")
 Note = Callable[[str], None]
 
 
@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128, help="of training; 0: least squares alone")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--sweep", type=float, nargs="+", default=[1.0, 3.0], help="factors of the rate, tried first")
-    parser.add_argument("--sequences", type=int, default=320, help="of 256 tokens, trained on and held out")
+    parser.add_argument("--sequences", type=int, default=320, help="trained on and held out")
+    parser.add_argument("--length", type=int, default=256, help="of each, tokens; half of them are its prompt")
     parser.add_argument("--fit-sequences", type=int, default=32, help="the first of them: least squares fits on these")
     parser.add_argument("--kv", nargs="+", choices=KV, default=["native", "k4v3"])
     parser.add_argument("--split", choices=SPLITS, default="final")
@@ -90,7 +91,9 @@ def main() -> None:
                 log.append(*bench.rows(corpus, options.split, plans, about))
             bench.forget()
     options.__dict__.update(dict.fromkeys((*_SETTINGS, "kv", "split")))
-    write("kvdistil", options, log.rows)
+    path = HERE / "results" / "kvdistil.json"
+    older = [row for row in json.loads(path.read_text())["rows"] if row["commit"] != commit()] if path.exists() else []
+    write("kvdistil", options, [*older, *log.rows])
 
 
 class _Bench:
@@ -119,7 +122,7 @@ class _Bench:
             steps = {"prefill_steps": setting["steps"], **{name: setting[name] for name in ("learning_rate", "sweep")}}
             content["healing"] = {"compensation": "least-squares", "kv_only_blocks": setting["blocks"]}
             content["healing"] |= steps if setting["steps"] else {}
-            content["healing"] |= {name: setting[name] for name in ("sequences", "fit_sequences")}
+            content["healing"] |= {name: setting[name] for name in ("sequences", "fit_sequences", "length")}
         PLACE.mkdir(parents=True, exist_ok=True)
         (PLACE / "recipe.yaml").write_text(json.dumps(content))
         return Recipe.load(PLACE / "recipe.yaml")

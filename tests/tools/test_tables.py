@@ -183,26 +183,31 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
 
 
-def kvdistil_row(corpus, loss, split="final", kv="native", **setting):
+def kvdistil_row(corpus, loss, split="final", kv="native", commit="abc", **setting):
     trained = {"text": "mixed", "sequences": 320, "steps": 10, "learning_rate": 3e-4} if setting["blocks"] else {}
     healing = {"prefill": {"steps": 10, "kept": True, "learning_rate": 9e-4}} if setting["blocks"] else {}
     row = {"setting": {**setting, **trained}, "kv": kv, "split": split, "corpus": corpus, "healing": healing}
-    return row | {"nll": [loss, loss + 0.1], "saved": {"native": 1.0, "k4v3": 4.2}[kv], "commit": "abc"}
+    return row | {"nll": [loss, loss + 0.1], "saved": {"native": 1.0, "k4v3": 4.2}[kv], "commit": commit}
 
 
 def test_what_training_leaves_of_kv_only_blocks(tool):
-    """Rises over dense of each corpus and of all, each corpus of the same weight; dense prefill stands first."""
+    """Rises over dense of each corpus and of all, each corpus of the same weight; dense is of the same commit."""
     corpora = ("brown", "austen", "code", "agents")
     rows = [kvdistil_row(corpus, 3.02 + 0.01 * at, blocks=8) for at, corpus in enumerate(corpora)]
     rows += [kvdistil_row(corpus, 3.01, kv="k4v3", blocks=0) for corpus in corpora]
     rows += [kvdistil_row(corpus, 3.0, blocks=0) for corpus in corpora]
     rows += [kvdistil_row("brown", 3.0, blocks=12)]  # not judged whole
+    rows += [
+        kvdistil_row(corpus, loss, commit="new", blocks=n) for corpus in corpora for n, loss in ((0, 5), (4, 5.01))
+    ]
     options = {"development": 3, "final": 2, "prompt": 448, "continuation": 128}
     data = {"environment": ENVIRONMENT, "options": options, "rows": rows}
     text = tool.TABLES["kvdistil"].render(data)
     whole, half = "1.0% ± 0.0%", "2.0% ± 0.0% | 3.0% ± 0.0% | 4.1% ± 0.0% | 5.1% ± 0.0% | 3.6% ± 0.0%"
+    assert f"| 4 | mixed, 320 x 256 tokens | 10 x 0.0009 | native | 1.00x | {' | '.join([whole] * 5)} |" in text
+    assert "commits abc, new" in text
     assert f"| none |  |  | k4v3 | 4.20x | {' | '.join([whole] * 5)} |" in text
-    assert f"| 8 | mixed, 320 sequences | 10 x 0.0009 | native | 1.00x | {half} |" in text
+    assert f"| 8 | mixed, 320 x 256 tokens | 10 x 0.0009 | native | 1.00x | {half} |" in text
     assert "| 12 |" not in text
     assert "judged on 2 x 128 tokens of the final split" in text
     assert "Not measured yet" in tool.TABLES["kvdistilchoice"].render(data)

@@ -22,11 +22,12 @@ def switches(kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data
     lengths = planned["reduction_by_prompt"]
     alone = max(row["alone"] for row in prefilltime["rows"])
     (faster,) = (row["faster"] for row in prefilltime["rows"] if row["alone"] == alone)
-    (_, dense), *judged = pairs(kvdistil, "final")
-    trained, losses_alone = next(
-        (row, losses) for row, losses in judged if (row["setting"]["blocks"], row["kv"]) == (alone, "native")
+    trained, costs = next(
+        (row, rises(losses, dense))
+        for row, losses, dense in pairs(kvdistil, "final")
+        if (row["setting"]["blocks"], row["kv"]) == (alone, "native")
     )
-    steps, costs = trained["setting"]["steps"], rises(losses_alone, dense)
+    steps = trained["setting"]["steps"]
     removed = len(claims["plan"]["decode_dropped"])
     losses = {row["way"]: row["loss"] for row in heal["rows"]}
     refitted, healed = (rise(losses[name], losses["dense"]) for name in ("unhealed", "logits, 1e-4"))

@@ -24,15 +24,21 @@ def kvdistilchoice(data: dict[str, Any] | None) -> str:
     return _table(data, "development")
 
 
-def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses]]:
-    """A row of each pair judged on texts of all corpora, the dense prefill's first, and its losses."""
+def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses, Losses]]:
+    """Of each pair judged on texts of all corpora: a row, its losses, those of the dense pair of the same commit."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         if row["split"] == split:
-            grouped.setdefault(repr((row["setting"], row["kv"])), []).append(row)
+            grouped.setdefault(repr((row["setting"], row["kv"], row["commit"])), []).append(row)
     whole = [rows for rows in grouped.values() if {row["corpus"] for row in rows} == set(CORPORA)]
     whole.sort(key=lambda rows: (rows[0]["setting"]["blocks"], rows[0]["setting"].get("steps", 0), rows[0]["saved"]))
-    return [(rows[0], {row["corpus"]: row["nll"] for row in rows}) for rows in whole]
+    judged = [(rows[0], {row["corpus"]: row["nll"] for row in rows}) for rows in whole]
+    dense = {row["commit"]: losses for row, losses in judged if _dense(row)}
+    return [(row, losses, dense[row["commit"]]) for row, losses in judged if not _dense(row)]
+
+
+def _dense(row: dict[str, Any]) -> bool:
+    return row["setting"]["blocks"] == 0 and row["kv"] == "native"
 
 
 def rises(losses: Losses, dense: Losses) -> dict[str, str]:
@@ -55,16 +61,15 @@ def _mean(losses: Losses, dense: Losses) -> str:
 def _table(data: dict[str, Any] | None, split: str) -> str:
     if data is None or not (judged := pairs(data, split)):
         return "Not measured yet: `make bench-kvdistil`."
-    _, dense = judged[0]
-    lines = [(*_what(row), f"{row['saved']:.2f}x", *rises(losses, dense).values()) for row, losses in judged[1:]]
-    options, (first, _) = data["options"], judged[0]
+    lines = [(*_what(row), f"{row['saved']:.2f}x", *rises(losses, dense).values()) for row, losses, dense in judged]
+    options, commits = data["options"], dict.fromkeys(row["commit"] for row, _, _ in judged)
     text = (
-        f"trained on sequences of 256 tokens; judged on {options[split]} x {options['continuation']} tokens of the "
+        f"judged on {options[split]} x {options['continuation']} tokens of the "
         f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one "
         "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
     )
     head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")
-    return table(head, lines) + where(data["environment"], text, f"commit {first['commit']}")
+    return table(head, lines) + where(data["environment"], text, f"commits {', '.join(commits)}")
 
 
 def _what(row: dict[str, Any]) -> tuple[object, ...]:
@@ -74,5 +79,5 @@ def _what(row: dict[str, Any]) -> tuple[object, ...]:
     report = row["healing"].get("prefill")
     steps = f"{report['steps']} x {report['learning_rate']:g}" if report else "least squares alone"
     kept = "" if report is None or report["kept"] else ", not kept"
-    text = f"{TEXTS[setting['text']]}, {setting['sequences']} sequences"
+    text = f"{TEXTS[setting['text']]}, {setting['sequences']} x {setting.get('length', 256)} tokens"
     return setting["blocks"], text, steps + kept, row["kv"]
