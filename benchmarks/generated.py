@@ -32,6 +32,7 @@ PLANS: dict[str, dict[str, Any]] = {
     DENSE: {"method": "none"},
     "uniform int4": {"method": "none", "wire_dtype": "int4"},
     "uniform k4v3": {"method": "none", "wire_dtype": "k4v3"},
+    "uniform int3": {"method": "none", "wire_dtype": "int3"},
     "uniform k4v3, keys whole": {"method": "none", "wire_dtype": "k4v3", "key_offsets": False},
     "budget 4.95x": {"method": "budget", "reduction": 9.9, "prompt_tokens": ASKED_AT},
     "budget 8x": {"method": "budget", "reduction": 16.0, "prompt_tokens": ASKED_AT},
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[*QUESTIONS], choices=QUESTIONS, metavar="TASK")
     parser.add_argument("--items", type=int, default=200, help="questions of each task, the first")
     parser.add_argument("--max-tokens", type=int, default=384, help="of an answer")
+    parser.add_argument("--again", action="store_true", help="though another commit's answers are there")
     options = parser.parse_args()
     started = time.monotonic()
 
@@ -57,8 +59,10 @@ def main() -> None:
 
     PLACE.mkdir(parents=True, exist_ok=True)
     log = RowLog(PLACE / "rows.jsonl", [options.items, options.max_tokens])
+    log.append(*(row for row in _committed(options) if log.find(plan=row["plan"], task=row["task"]) is None))
+    wanted = {"commit": commit()} if options.again else {}
     for plan in options.plans:
-        missing = [task for task in options.tasks if log.find(plan=plan, task=task) is None]
+        missing = [task for task in options.tasks if log.find(plan=plan, task=task, **wanted) is None]
         if missing:
             bundle = _built(plan, note)
             about = {"reduction": _saved(plan, bundle), "digest": bundle.plan.digest, "commit": commit()}
@@ -68,8 +72,16 @@ def main() -> None:
                     row = _judged(cluster.url, plan, task, options, note)
                     log.append({"plan": plan, "task": task, **about, "machine": machine()["cpu"]} | row)
     rows = [log.find(plan=plan, task=task) for plan in PLANS for task in QUESTIONS]
-    options.plans, options.tasks = [*PLANS], [*QUESTIONS]
+    options.plans, options.tasks, options.again = [*PLANS], [*QUESTIONS], False
     print(write("generated", options, [row for row in rows if row is not None]))
+
+
+def _committed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of results/generated.json, where they were asked as many questions for as many tokens."""
+    path = HERE / "results" / "generated.json"
+    result = json.loads(path.read_text()) if path.exists() else {"options": {}}
+    same = all(result["options"].get(name) == getattr(options, name) for name in ("items", "max_tokens"))
+    return result["rows"] if same else []
 
 
 def _saved(plan: str, bundle: Bundle) -> float:
