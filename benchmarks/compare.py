@@ -1,7 +1,7 @@
 """Blocks removed, KV cut, and both, against dense in interleaved rounds -> results/compare.json. `make bench-compare`.
 
-All pairs of a part are up at once and take the same load in turns, on a machine that does nothing else. Two parts, each
-with servers of its own:
+Pairs of a group, dense among them, are up at once and take the same load in turns, on a machine that does nothing else.
+Two parts, each of two groups, which three pairs at a time fit into 16 GB:
 
 decode: short prompts, long answers, many at once, so that model compute dominates. Predicted from the weights that a
 request passes through: blocks by stage, and the LM head, which no pruning takes away. A pair with fewer blocks removed
@@ -37,8 +37,8 @@ from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-compare"
 DENSE, HALF = "dense", "half of the blocks"
-PARTS = {"decode": (DENSE, HALF, "blocks", "KV", "both"), "transfer": (DENSE, "blocks", "KV", "both")}
-"""The pairs of each part; HALF has half as many blocks removed as "blocks" and "both"."""
+PARTS = {"decode": ((HALF, "blocks"), ("KV", "both")), "transfer": (("blocks",), ("KV", "both"))}
+"""The groups of each part, without dense; HALF has half as many blocks removed as "blocks" and "both"."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument(
-        "--rounds", type=int, default=16, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written"
+        "--rounds", type=int, default=12, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written"
     )
     parser.add_argument("--prefill-blocks", type=int, default=2, help="removed")
     parser.add_argument("--decode-blocks", type=int, default=8, help="removed")
@@ -74,9 +74,14 @@ def main() -> None:
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    bundles = {name: bundle_of(name, options) for name in PARTS["decode"]}
+    bundles = {name: bundle_of(name, options) for name in (DENSE, HALF, "blocks", "KV", "both")}
     measure = {"decode": decode, "transfer": transfer}
-    rows = [row for part in options.parts for row in measure[part](bundles, options)]
+    rows = [
+        row
+        for part in options.parts
+        for group in PARTS[part]
+        for row in measure[part]({name: bundles[name] for name in (DENSE, *group)}, options)
+    ]
     for row in rows:
         print(row)
     if options.rounds >= LEAST_ROUNDS:
@@ -97,10 +102,10 @@ def bundle_of(name: str, options: argparse.Namespace) -> Bundle:
 
 
 def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """ITL and output tokens a second, and the part of a step that blocks have no part in."""
+    """ITL and output tokens a second; of the group with HALF also what of a step is no block's."""
     prompt = 8
     load = Scenario.closed(options.batch, options.batch, (prompt,) * 2, (options.answer,) * 2, seed=options.seed)
-    rounds, busy = measured("decode", bundles, load, options, None)
+    rounds, busy = measured(bundles, load, options, None)
     weights = {name: Weights.of(bundle) for name, bundle in bundles.items()}
     dense, rows = weights[DENSE], list[dict[str, Any]]()
     for name, pair in weights.items():
@@ -109,6 +114,8 @@ def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict
             whole = pair.request(prompt, options.answer) / dense.request(prompt, options.answer)
             predicted = {"ITL p50": step, "output tokens/s": 1 / whole}
             rows += [row("decode", name, figure, value, rounds, busy) for figure, value in predicted.items()]
+    if HALF not in bundles:
+        return rows
     kept = [len(bundles[name].plan.decode_layers) for name in (DENSE, HALF, "blocks")]
     times = [rounds.total[name].itl_ms.p50 or 0.0 for name in (DENSE, HALF, "blocks")]
     slope, outside = linear_regression(kept, times)
@@ -119,14 +126,16 @@ def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict
 def transfer(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Transfer time, from the first chunk's queueing to the last one's acknowledgement; TTFT and E2E."""
     load = Scenario.closed(2, 1, (options.prompt,) * 2, (4, 4), seed=options.seed)
-    rounds, busy = measured("transfer", bundles, load, options, Link.parse(options.link))
-    sent = {name: rounds.total[name].workers for name in PARTS["transfer"]}
+    rounds, busy = measured(bundles, load, options, Link.parse(options.link))
+    sent = {name: rounds.total[name].workers for name in bundles}
     sizes = {name: workers.payload_bytes / workers.requests for name, workers in sent.items() if workers is not None}
-    planned = {name: bundles[name].plan.payload_bytes(options.prompt) for name in PARTS["transfer"]}
+    planned = {name: bundle.plan.payload_bytes(options.prompt) for name, bundle in bundles.items()}
     if sizes != planned:
         raise SystemExit(f"{sizes} bytes a request were sent, the plans say {planned}")
     rows = list[dict[str, Any]]()
-    for name in PARTS["transfer"][1:]:
+    for name in bundles:
+        if name == DENSE:
+            continue
         share = planned[name] / planned[DENSE]
         rows.append(row("transfer", name, "KV transfer time", share, rounds, busy))
         rows += [row("transfer", name, figure, None, rounds, busy) for figure in ("TTFT p50", "E2E p50")]
@@ -134,13 +143,12 @@ def transfer(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[di
 
 
 def measured(
-    part: str, bundles: dict[str, Bundle], load: Scenario, options: argparse.Namespace, link: Link | None
+    bundles: dict[str, Bundle], load: Scenario, options: argparse.Namespace, link: Link | None
 ) -> tuple[Rounds, float]:
-    """All rounds on all pairs of a part, and the load average before them."""
+    """All rounds on all these pairs, and the load average before them."""
     with ExitStack() as stack:
         sides = {}
-        for name in PARTS[part]:
-            bundle = bundles[name]
+        for name, bundle in bundles.items():
             starting = cluster_of(
                 bundle, options=WorkerOptions.beside_others(served_model_name=bundle.path.resolve().name), say=print
             )
