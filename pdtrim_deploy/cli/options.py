@@ -119,14 +119,14 @@ class TokenCounts(click.ParamType):
 
 
 def device(
-    command: Callable[..., Any], elsewhere: Callable[[Mapping[str, Any]], bool] = lambda _: False
+    command: Callable[..., Any], absent: Callable[[Mapping[str, Any]], bool] = lambda _: False
 ) -> Callable[..., Any]:
-    """Three options, passed on as one argument `compute`, whose GPUs may be `elsewhere` where other options say so."""
+    """Three options, passed on as one argument `compute`; its GPUs may be absent where the others say so."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **options: Any) -> Any:
         device, host, on_device = (options.pop(name) for name in ("device", "memory", "device_memory"))
-        compute = Compute.parse(device, elsewhere=elsewhere(options)).within(host, on_device)
+        compute = Compute.parse(device, absent=absent(options)).within(host, on_device)
         return command(*args, compute=compute, **options)
 
     size = Bytes()
@@ -149,7 +149,7 @@ def device(
 
 
 # of a command that prices, always or in its dry run, what another machine may do
-priced_device = functools.partial(device, elsewhere=lambda options: options.get("dry_run", True))
+priced_device = functools.partial(device, absent=lambda options: options.get("dry_run", True))
 compute_dtype = click.option(
     "--compute-dtype",
     type=click.Choice(get_args(NativeDtype)),

@@ -44,14 +44,13 @@ class Compute:
     device_bytes: int | None = None
 
     @classmethod
-    def parse(cls, devices: str, *, elsewhere: bool = False) -> Compute:
+    def parse(cls, devices: str, *, absent: bool = False) -> Compute:
         """What `--device` names, in float32.
 
         "auto" is the first GPU that torch sees, else the CPU; "cuda" is the first GPU.
 
         Raises:
-            UserError: it names no device, one twice, or, if it is not to be priced for `elsewhere`, one that is not
-                here.
+            UserError: it names no device, one twice, or one that is not here, unless such may be `absent`.
 
         """
         if devices == "cpu":
@@ -64,7 +63,7 @@ class Compute:
         if len(set(numbers)) < len(numbers):
             raise UserError(f"--device {devices}: a GPU is named twice; name each once")
         compute = cls(tuple(f"cuda:{number}" for number in numbers))
-        if not elsewhere and (lack := compute.lack):
+        if not absent and (lack := compute.lack):
             raise UserError(f"--device {devices}: {lack}; {MEND}")
         return compute
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pretended_devices import PretendedDevices
 
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.local import compute
@@ -58,9 +59,9 @@ def test_a_step_s_seconds_are_its_operations_at_the_rate_and_its_files() -> None
     assert here.sentence(steps) == "about 2.0 h in all without engines, an estimate: operations at 1.0 GFLOP/s"
     limited = StepCost(NOTHING, flops=0.0, trainings=(training,), minutes=0.05)
     assert here.seconds(limited) == pytest.approx(3)
-    elsewhere = Rates(None, 2e9, "torch sees no GPU here, not GPU 0")
-    assert [elsewhere.seconds(cost) for cost in steps.values()] == [None, None, 10, 4, None, None]
-    assert elsewhere.sentence(steps) == "seconds are not known here: torch sees no GPU here, not GPU 0"
+    without_gpu = Rates(None, 2e9, "torch sees no GPU here, not GPU 0")
+    assert [without_gpu.seconds(cost) for cost in steps.values()] == [None, None, 10, 4, None, None]
+    assert without_gpu.sentence(steps) == "seconds are not known here: torch sees no GPU here, not GPU 0"
 
 
 @pytest.mark.parametrize("name", ["smollm2-demo", "qwen2.5-coder-0.5b-quick", "llama-3.1-8b-healed"])
@@ -74,9 +75,9 @@ def test_the_doctor_and_a_dry_run_say_the_same(
     assert code == 0
     by_doctor = dict(re.findall(r"step (\S+) +(about [\d.]+ \w+|time not known), ", doctor))
     assert dict(re.findall(r"^  (\S+) +to do  (about [\d.]+ \w+|time not known), ", dry, re.MULTILINE)) == by_doctor
-    told = re.search(r"about .* in all.*, an estimate: operations at 2.0 TFLOP/s, the rate of plain .*", dry)
-    assert told
-    assert f"time to build          {told[0]}\n" in doctor
+    sentence = re.search(r"about .* in all.*, an estimate: operations at 2.0 TFLOP/s, the rate of plain .*", dry)
+    assert sentence
+    assert f"time to build          {sentence[0]}\n" in doctor
     json_seconds = json.loads(run(capsys, "build", recipe, "--dry-run", "--json", *common)[1])["seconds"]
     assert list(json_seconds) == list(by_doctor)
     tera = float(re.search(r"step prune .* ([\d,.]+) TFLOP", doctor)[1].replace(",", ""))  # type: ignore[index]
@@ -111,6 +112,11 @@ def test_where_the_gpu_is_not_here_memory_alone_is_estimated(
     assert "seconds are not known here" in doctor
     assert run(capsys, "build", recipe, *common)[0] == 2
     assert not (tmp_path / "b").exists()
+
+
+def test_on_a_gpu_products_are_of_tensors_that_lie_there() -> None:
+    with PretendedDevices():
+        assert rates._product_rate(8, 64, 128, "cuda:1", "bfloat16") > 0
 
 
 def test_the_rate_of_this_machine() -> None:

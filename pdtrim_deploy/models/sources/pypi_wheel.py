@@ -55,33 +55,33 @@ def _download(requirement: str, folder: Path, log: Log, part: str = "") -> Path:
     """The wheel; `log` hears every second how much of it is there."""
     pip = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--no-deps", "--only-binary=:all:"]
     command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(folder), requirement]
-    with tempfile.TemporaryDirectory(dir=folder) as coming, tempfile.TemporaryFile("w+") as said:
-        with subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | {"TMPDIR": coming}) as process:
+    with tempfile.TemporaryDirectory(dir=folder) as coming, tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"TMPDIR": coming}) as process:
             try:
                 while process.poll() is None:
-                    log(f"downloading {requirement}{part}{_progress(Path(coming), said)}")
+                    log(f"downloading {requirement}{part}{_progress(Path(coming), output)}")
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(1.0)
             except BaseException:
                 process.kill()
                 raise
-        said.seek(0)
-        output = said.read()
+        output.seek(0)
+        printed = output.read()
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        lines = [line for line in output.splitlines() if line.strip()] or ["no wheel came"]
+        lines = [line for line in printed.splitlines() if line.strip()] or ["no wheel came"]
         reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
         raise UserError(f"pip could not download {requirement} ({reason.strip()}); check its name and your network")
     return wheels[0]
 
 
-def _progress(coming: Path, said: IO[str]) -> str:
+def _progress(coming: Path, output: IO[str]) -> str:
     """`: 12 of 95 MB`, as far as it is known. pip says `Downloading NAME (94.8 MB)`."""
     sizes = list[int]()
     for file in coming.rglob("*"):
         with suppress(FileNotFoundError):  # it has just gone
             sizes.append(file.stat().st_size)
-    total = re.findall(r"\((\d+)\.\d MB\)", os.pread(said.fileno(), 1 << 16, 0).decode(errors="replace"))
+    total = re.findall(r"\((\d+)\.\d MB\)", os.pread(output.fileno(), 1 << 16, 0).decode(errors="replace"))
     return f": {max(sizes) // 10**6} of {total[-1]} MB" if sizes and total else ""
 
 
