@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from pdtrim_deploy.plan import PDPlan
 # A bfloat16 graph is computed in float32, from the weights that the reference has.
 TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "bfloat16": 5e-5, "int8": 0.5}
 MOST_TOKENS = 384
+logger = logging.getLogger(__name__)
 
 
 def check_numerics(
@@ -47,11 +49,13 @@ def check_numerics(
     rounded = dtype == "bfloat16"
     tokenizer = load_tokenizer(stage.path)
     large = is_large(graph)
+    logger.info("numerics check: loading model and graph")
     model = _reference(stage, dtype if rounded else None, large=large)
     engine = OnnxStage(widened(graph) if rounded else graph, threads=threads, mapped=large)
     measured, tokens = _Errors(), 0
     longest = min(MOST_TOKENS, stage.positions)
-    for prompt in prompts or PROMPTS:
+    for number, prompt in enumerate(prompts or PROMPTS):
+        logger.info("numerics check: %d/%d prompts", number, len(prompts or PROMPTS))
         ids = torch.tensor(tokenizer(prompt)["input_ids"][:longest], dtype=torch.int64)
         if not len(ids):
             raise UserError("a prompt for the numerics check has no tokens")

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 BLOCK = 32
+logger = logging.getLogger(__name__)
 
 
 def quantise_weights(source: Path, target: Path) -> dict[str, int]:
@@ -21,6 +22,7 @@ def quantise_weights(source: Path, target: Path) -> dict[str, int]:
     config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=8)
     quiet = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
     quiet.setLevel(logging.WARNING)
+    logger.info("waiting for onnxruntime, which quantises the weights")
     quantiser = MatMulNBitsQuantizer(onnx.load(source), algo_config=config)
     quantiser.process()
     model = quantiser.model.model

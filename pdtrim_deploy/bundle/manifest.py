@@ -105,10 +105,11 @@ def entries(
         for name, file in files.items()
         if name not in UNSEALED and (reports is None or name in reports or not name.startswith(f"{REPORTS}/"))
     }
-    hashed: dict[str, Entry] = {}
-    for number, (name, file) in enumerate(sealed.items(), 1):
-        note(f"hashing {name}: {number}/{len(sealed)} files")
-        hashed[name] = Entry(size=file.stat().st_size, sha256=file_sha256(file))
+    sizes, hashed, done = {name: file.stat().st_size for name, file in sealed.items()}, dict[str, Entry](), 0
+    for name, file in sealed.items():
+        note(f"hashing: {done / 1e6:,.0f} of {sum(sizes.values()) / 1e6:,.0f} MB")
+        hashed[name] = Entry(size=sizes[name], sha256=file_sha256(file))
+        done += sizes[name]
     return hashed
 
 

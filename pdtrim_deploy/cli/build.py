@@ -12,6 +12,7 @@ import click
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.local.duration import duration
 from pdtrim_deploy.recipe.bounds import MOST_WORKERS
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder of the bundle.")
-@options.device
+@options.priced_device
 @options.compute_dtype
 @options.cache_dir
 @click.option(
@@ -130,21 +131,24 @@ def build(
 
 def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
     """Print the result of `--dry-run`."""
+    rates = preview.rates
     if as_json:
         data = asdict(preview) | {"recipe": preview.recipe.model_dump(mode="json")}
+        data["seconds"] = {name: rates.seconds(cost) for name, cost in preview.left.items()} if rates else {}
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(f"{out}: nothing is written (--dry-run)")
     wide = max(map(len, preview.steps))
     for name, done in preview.steps.items():
         click.echo(f"  {name:<{wide}} {'done ' if done else 'to do'}{_cost(preview, name)}".rstrip())
+    if rates is not None and preview.left:
+        click.echo(f"  {rates.sentence(preview.left)}")
     if preview.limits is not None:
         click.echo(f"  {preview.limits}")
-    if preview.search is not None and preview.search_seconds is not None:
+    if preview.search is not None:
         cost = preview.search
         click.echo(
-            f"  search     {cost.most:,} block-forwards at most, likely {cost.likely:,}: about "
-            f"{_duration(preview.search_seconds)} at this machine's speed"
+            f"  search     {cost.most:,} block-forwards at most, likely {cost.likely:,}: {_at(preview.search_seconds)}"
         )
         click.echo(
             f"             {cost.memory / 1e9:,.2f} GB: weights {cost.weights / 1e9:,.2f}, hidden states "
@@ -155,10 +159,10 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
         )
         if cost.reads:
             click.echo(f"             {_reads(cost.reads)}, at most")
-    if preview.experts is not None and preview.experts_seconds is not None:
+    if preview.experts is not None:
         ranking = preview.experts
         click.echo(
-            f"  experts    ranked in about {_duration(preview.experts_seconds)} at this machine's speed; "
+            f"  experts    ranked in {_at(preview.experts_seconds)}; "
             f"{ranking.memory / 1e9:,.2f} GB of weights" + (f"; {_reads(ranking.reads)}" if ranking.reads else "")
         )
     if preview.fit is not None:
@@ -182,12 +186,10 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
 
 def _cost(preview: Preview, name: str) -> str:
     """Time, memory and files of a step that is to do; empty where nothing is known of it."""
-    cost = (preview.costs or {}).get(name)
-    if cost is None or preview.steps[name]:
+    cost = preview.left.get(name)
+    if cost is None or preview.rates is None:
         return ""
-    seconds = preview.seconds(name)
-    parts = ["time not known" if seconds is None else f"about {_duration(seconds)}"]
-    parts.append(f"{cost.peak.host / 1e9:,.2f} GB of memory")
+    parts = [preview.rates.time(cost), f"{cost.peak.host / 1e9:,.2f} GB of memory"]
     parts += [f"{cost.peak.device / 1e9:,.2f} GB on devices"] if cost.peak.device else []
     parts += [f"{cost.disk / 1e9:,.2f} GB of files"] if cost.disk else []
     parts += [_reads(round(cost.reads))] if cost.reads else []
@@ -196,11 +198,9 @@ def _cost(preview: Preview, name: str) -> str:
 
 def _reads(size: int) -> str:
     """What is read from disk, and how long that takes at a speed that is assumed."""
-    return f"reads {size / 1e9:,.0f} GB of weights from disk, {_duration(size / 1e9)} at 1 GB/s"
+    return f"reads {size / 1e9:,.0f} GB of weights from disk, {duration(size / 1e9)} at 1 GB/s"
 
 
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+def _at(seconds: float | None) -> str:
+    """Of a part of a step."""
+    return "a time that is not known here" if seconds is None else f"about {duration(seconds)} at this machine's speed"

@@ -19,7 +19,7 @@ COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
 @click.argument("recipe_file", metavar="[RECIPE]", type=options.path, required=False)
 @click.option("--for", "job", type=click.Choice(ALL), default="demo", show_default=True)
 @click.option("--out", type=options.path, default=Path(), help="Where the bundle would go.  [default: here]")
-@options.device
+@options.priced_device
 @options.serve_python
 @click.option("--deep", is_flag=True, help="Also load the plugin into SGLang, as a worker does; takes half a minute.")
 @options.cache_dir
@@ -36,8 +36,10 @@ def doctor(
 ) -> None:
     """Report what this machine can build and serve, what is missing, and how to add it.
 
-    With RECIPE, also check whether memory and disk suffice, step by step; build --dry-run adds the time. A status in
-    brackets belongs to something optional. Exit code 0 when the job can run, 1 when not.
+    With RECIPE, also check whether memory and disk suffice, and estimate what each step of the build takes. Its time is
+    that of its operations at the rate of plain matrix products of this machine, measured in a second; of a --device
+    that is not here memory alone is estimated. A status in brackets belongs to something optional. Exit code 0 when the
+    job can run, 1 when not.
 
     \b
     Examples:
@@ -52,7 +54,7 @@ def doctor(
     from pdtrim_deploy.recipe import Recipe
 
     recipe = Recipe.load(recipe_file) if recipe_file else None
-    context = CheckContext(recipe, out, cache, serve_python, deep, compute=compute)
+    context = CheckContext(recipe, out, cache, serve_python, deep, compute=compute, priced=True)
     findings: list[Finding] = []
     group = ""
     if deep:

@@ -106,13 +106,16 @@ def _show_model(
     from pdtrim_deploy.pruning.candidates import THRESHOLD, find
     from pdtrim_deploy.report.candidates import candidates_picture, candidates_table
 
-    note = Progress().note
-    checkpoint = resolve(source, cache, note)
-    documents = corpora.load(corpus, cache, note).split("calibration")
-    ids = corpora.sequences(documents, load_tokenizer(checkpoint.path), sequences, 256)
+    progress = Progress()
+    with progress.show("source"):
+        checkpoint = resolve(source, cache, progress.note)
+        documents = corpora.load(corpus, cache, progress.note).split("calibration")
+        ids = corpora.sequences(documents, load_tokenizer(checkpoint.path), sequences, 256)
     compute = fit_one_model(checkpoint.config, ids.numel(), compute, source)
-    model = load_on(checkpoint, compute, note)
-    candidates: Candidates = find(model, ids, THRESHOLD if threshold is None else threshold, note)
+    with progress.show("inspect"):
+        progress.note("loading the model")
+        model = load_on(checkpoint, compute, progress.note)
+        candidates: Candidates = find(model, ids, THRESHOLD if threshold is None else threshold, progress.note)
     if picture is not None:
         from pdtrim_deploy.local.atomic import write_atomic
 

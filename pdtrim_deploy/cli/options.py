@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -118,13 +118,15 @@ class TokenCounts(click.ParamType):
         return tuple(sorted({int(word) for word in words}))
 
 
-def device(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Three options, passed on as one argument `compute`."""
+def device(
+    command: Callable[..., Any], absent: Callable[[Mapping[str, Any]], bool] = lambda _: False
+) -> Callable[..., Any]:
+    """Three options, passed on as one argument `compute`; its GPUs may be absent where the others say so."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **options: Any) -> Any:
         device, host, on_device = (options.pop(name) for name in ("device", "memory", "device_memory"))
-        compute = Compute.parse(device).within(host, on_device)
+        compute = Compute.parse(device, absent=absent(options)).within(host, on_device)
         return command(*args, compute=compute, **options)
 
     size = Bytes()
@@ -146,6 +148,8 @@ def device(command: Callable[..., Any]) -> Callable[..., Any]:
     )(wrapped)
 
 
+# of a command that prices, always or in its dry run, what another machine may do
+priced_device = functools.partial(device, absent=lambda options: options.get("dry_run", True))
 compute_dtype = click.option(
     "--compute-dtype",
     type=click.Choice(get_args(NativeDtype)),

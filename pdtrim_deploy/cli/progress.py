@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -41,13 +42,13 @@ class Progress:
         self._step, self._last, started = name, "", time.perf_counter()
         if sys.stderr.isatty():
             try:
-                with Status(f"{name} ...", console=self._console) as self._live, self._watched(started):
+                with Status(f"{name} ...", console=self._console) as self._live, self._watched(started), self._logged():
                     yield
             finally:
                 self._live = None
         else:
             self._print(f"{name} ...")
-            with self._watched(started):
+            with self._watched(started), self._logged():
                 yield
         self._print(f"{name}: {time.perf_counter() - started:.1f} s")
 
@@ -59,6 +60,25 @@ class Progress:
             self._live.update(f"{self._step}: {escape(text)}")
         elif time.perf_counter() - self._printed > BETWEEN_NOTES_S:
             self._print(f"  {escape(text)}")
+
+    @contextmanager
+    def _logged(self) -> Iterator[None]:
+        """Meanwhile what our parts log that know no progress, such as compilers, are notes; warnings stay."""
+
+        class Heard(logging.Handler):
+            def emit(_, record: logging.LogRecord) -> None:
+                text = record.getMessage()
+                self._print(escape(text)) if record.levelno >= logging.WARNING else self.note(text)
+
+        heard, logger = Heard(), logging.getLogger("pdtrim_deploy")
+        level = logger.level
+        logger.addHandler(heard)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(heard)
+            logger.setLevel(level)
 
     def _print(self, text: str) -> None:
         self._printed = time.perf_counter()

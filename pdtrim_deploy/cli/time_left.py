@@ -15,13 +15,14 @@ class _Start:
     label: str
     done: int
     at: float
+    last: int
 
 
 class TimeLeft:
     """Reads lines of progress; counts of the same thing differ in their numbers alone."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._start = clock, _Start("", 0, 0.0)
+        self._clock, self._start = clock, _Start("", 0, 0.0, 0)
 
     def of(self, line: str) -> str:
         """`line`, and behind it the rate and the time left by the last count in it, once two lines have told it.
@@ -33,9 +34,10 @@ class TimeLeft:
             return line
         done, total = (int(number.replace(",", "")) for number in counts[-1].groups())
         label, now = re.sub(r"\d[\d.,]*", "#", line) + f" {total}", self._clock()
-        if label != self._start.label or done < self._start.done:
-            self._start = _Start(label, done, now)
+        if label != self._start.label or done < self._start.last:  # other work, or the same from its beginning
+            self._start = _Start(label, done, now, done)
             return line
+        self._start.last = done
         ran, seconds = done - self._start.done, now - self._start.at
         if not ran or seconds <= 0 or done > total:
             return line

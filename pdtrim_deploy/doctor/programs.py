@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job
+from pdtrim_deploy.local.compute import MEND
 from pdtrim_deploy.serving.environment import REPO
 
 AIPERF = (
@@ -64,6 +65,20 @@ class Aiperf:
             + " (loadtest --driver aiperf)",
             mend=None if good else "make setup-aiperf" if (REPO / "Makefile").is_file() else pip,
         )
+
+
+@dataclass(frozen=True)
+class Device:
+    """Whether the GPUs that `--device` names are here."""
+
+    jobs: tuple[Job, ...] = ("build", "eval", "demo")
+
+    def look(self, context: CheckContext) -> Iterable[Finding]:
+        """One line where a GPU is not."""
+        if lack := context.compute.lack:
+            yield Finding(
+                group="machine", name="--device", status="missing", detail=lack, mend=MEND, needed_by=self.jobs
+            )
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pdtrim_deploy.doctor.base import Check
 from pdtrim_deploy.doctor.packages import Package, PythonVersion
 from pdtrim_deploy.doctor.places import Writable
-from pdtrim_deploy.doctor.programs import Aiperf, Gpu, Program
+from pdtrim_deploy.doctor.programs import Aiperf, Device, Gpu, Program
 from pdtrim_deploy.doctor.resources import Disk, Memory
 from pdtrim_deploy.doctor.serving import SGLang
+from pdtrim_deploy.doctor.steps import Steps
 from pdtrim_deploy.doctor.weights import Weights
 from pdtrim_deploy.recipe import Recipe
 
@@ -23,8 +24,10 @@ def _trains_lora(recipe: Recipe) -> bool:
 CHECKS: tuple[Check, ...] = (
     PythonVersion(),
     Gpu(),
+    Device(),
     Memory(),
     Disk(),
+    Steps(),
     Weights(),
     Writable("--out", lambda context: context.out, ("build", "demo")),
     Writable("--cache-dir", lambda context: context.cache.root, ("build", "eval", "demo")),

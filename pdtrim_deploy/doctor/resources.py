@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job
 from pdtrim_deploy.errors import UserError
@@ -38,6 +39,7 @@ class Needs:
         disk: bytes of files.
         steps: of the build, by their names.
         compute: with the limits that the allowed memory asks for.
+        config: of the model.
 
     """
 
@@ -48,6 +50,7 @@ class Needs:
     disk: float
     steps: Mapping[str, StepCost]
     compute: Compute
+    config: Mapping[str, Any]
 
 
 def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU) -> Needs | None:
@@ -77,6 +80,7 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU) -> Needs 
         disk=max(kept, passing),
         steps=costs,
         compute=compute,
+        config=config,
     )
 
 
@@ -104,7 +108,6 @@ class Memory:
             return
         if estimate is None or context.recipe is None:
             return
-        yield from _by_step(estimate)
         sizes: dict[Job, float] = {"build": estimate.build}
         if context.compute.host_bytes is None:  # else `fit_judging` says
             sizes["eval"] = estimate.judge
@@ -130,18 +133,6 @@ def _more_memory(recipe: Recipe, job: Job, size: float, total: int) -> str:
     except UserError:
         streams = False
     return f"{machine}, or block by block with {job} --memory {allowed // 10**6}MB" if streams else machine
-
-
-def _by_step(estimate: Needs) -> Iterator[Finding]:
-    """What each step of a build takes: optional lines, which stop nothing."""
-    blocks = estimate.compute.blocks_in_memory
-    for name, cost in estimate.steps.items():
-        parts = [f"{gb(cost.peak.host)} of memory"]
-        parts += [f"{gb(cost.peak.device)} on {estimate.compute.names}"] if cost.peak.device else []
-        parts += [f"{gb(cost.disk)} of files"] if cost.disk else []
-        parts += [f"{cost.operations / 1e12:,.1f} TFLOP"] if cost.operations else []
-        parts += [f"{blocks} blocks in memory at a time"] if cost.reads and blocks else []
-        yield Finding(group="recipe", name=f"step {name}", status="ok", detail=", ".join(parts))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pdtrim_deploy.local.processor import compute_dtype
 _CUDA = re.compile(r"cuda(:\d{1,3}(,\d{1,3})*)?")
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # NVIDIA's on Linux, and within Windows; without, no torch
 CHOICES = "auto, cpu, cuda, cuda:0 or cuda:0,1"
+MEND = "give --device auto or cpu, or install a torch that is built for CUDA"
 
 
 @dataclass(frozen=True)
@@ -43,32 +44,38 @@ class Compute:
     device_bytes: int | None = None
 
     @classmethod
-    def parse(cls, devices: str) -> Compute:
+    def parse(cls, devices: str, *, absent: bool = False) -> Compute:
         """What `--device` names, in float32.
 
         "auto" is the first GPU that torch sees, else the CPU; "cuda" is the first GPU.
 
         Raises:
-            UserError: it names no device, one twice, or one that is not here.
+            UserError: it names no device, one twice, or one that is not here, unless such may be `absent`.
 
         """
         if devices == "cpu":
             return cls()
         if devices != "auto" and not _CUDA.fullmatch(devices):
             raise UserError(f"--device {devices}: no such device; use {CHOICES}")
-        count = _cuda_devices() if devices != "auto" or any(map(Path.exists, _DRIVERS)) else 0
         if devices == "auto":
-            return cls(("cuda:0",) if count else ("cpu",))
+            return cls(("cuda:0",) if any(map(Path.exists, _DRIVERS)) and _cuda_devices() else ("cpu",))
         numbers = [int(number) for number in devices.partition(":")[2].split(",") if number] or [0]
         if len(set(numbers)) < len(numbers):
             raise UserError(f"--device {devices}: a GPU is named twice; name each once")
-        if absent := [number for number in numbers if number >= count]:
-            has = f"GPUs 0 to {count - 1}" if count > 1 else "GPU 0 alone" if count else "no GPU"
-            raise UserError(
-                f"--device {devices}: torch sees {has} here, not GPU {absent[0]}; give --device auto or cpu, or "
-                "install a torch that is built for CUDA"
-            )
-        return cls(tuple(f"cuda:{number}" for number in numbers))
+        compute = cls(tuple(f"cuda:{number}" for number in numbers))
+        if not absent and (lack := compute.lack):
+            raise UserError(f"--device {devices}: {lack}; {MEND}")
+        return compute
+
+    @property
+    def lack(self) -> str | None:
+        """Which GPU is not here, as part of a sentence; None where all devices are."""
+        if not self.on_gpu:
+            return None
+        count = _cuda_devices()
+        absent = [device for device in self.devices if int(device.partition(":")[2]) >= count]
+        has = f"GPUs 0 to {count - 1}" if count > 1 else "GPU 0 alone" if count else "no GPU"
+        return f"torch sees {has} here, not GPU {absent[0].partition(':')[2]}" if absent else None
 
     @property
     def on_gpu(self) -> bool:

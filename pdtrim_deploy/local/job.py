@@ -28,14 +28,20 @@ class Finished:
     peak_memory: int
 
 
-def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, environment: Mapping[str, str]) -> Finished:
+def run_job(
+    command: Sequence[str],
+    job: Mapping[str, Any],
+    scratch: Path,
+    environment: Mapping[str, str],
+    note: Callable[[str], None] = lambda _: None,
+) -> Finished:
     """Write the job to a file, run `command` + that file, read its answer (`job.answer` is set here).
 
-    The process dies with the thread that calls this. Raises UserError: the answer has `error`, or the process was
-    killed or died without an answer.
+    Meanwhile `note` hears the lines that it appends to `job.notes`. The process dies with the thread that calls this.
+    Raises UserError: the answer has `error`, or the process was killed or died without an answer.
     """
-    answer, log = scratch / "answer.json", scratch / "build.log"
-    (scratch / "job.json").write_text(json.dumps({**job, "answer": str(answer)}))
+    answer, log, notes = scratch / "answer.json", scratch / "build.log", scratch / "notes.log"
+    (scratch / "job.json").write_text(json.dumps({**job, "answer": str(answer), "notes": str(notes)}))
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -47,7 +53,7 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
             preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
         )
         try:
-            memory = _wait(process)
+            memory = _wait(process, notes, note)
         except BaseException:
             process.kill()
             process.wait()
@@ -67,11 +73,16 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
     return Finished(result, round(seconds, 2), memory)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def _wait(process: subprocess.Popen[bytes], notes: Path, note: Callable[[str], None]) -> int:
     """Wait for the end; return the peak memory. wait4's ru_maxrss would include the parent's memory before exec."""
-    most = 0
-    while process.poll() is None:
-        most = max(most, most_memory(process.pid))
+    most, noted, running = 0, 0, True
+    while running:
+        running = process.poll() is None
+        most = max(most, most_memory(process.pid) if running else 0)
+        *lines, _ = notes.read_text().split("\n") if notes.exists() else [""]  # behind the last is half a line
+        for line in lines[noted:]:
+            note(line)
+        noted = len(lines)
         time.sleep(0.05)
     return most
 

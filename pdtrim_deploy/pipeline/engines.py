@@ -45,10 +45,10 @@ def build_engine(context: Context, target: str, stage: Stage, section: Target) -
             options["prompts"] = _calibration_texts(context)
         context.note(f"building for {target}")
         with tempfile.TemporaryDirectory(dir=context.out / WORK) as scratch:
-            refused = run_job(BUILDER, job, Path(scratch), os.environ).answer.get("refused")
+            done = run_job(BUILDER, job, Path(scratch), os.environ, lambda line: context.note(f"{target}: {line}"))
     except UserError as error:  # there is no such text, or the process died
         raise UserError(f"target {target}: {stage}: {error}") from None
-    if refused:
+    if refused := done.answer.get("refused"):
         raise UserError(refused)
     context.note(summary(read_engine(folder)))
     return {engine_folder(target, stage)}

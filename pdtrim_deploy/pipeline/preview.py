@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check
 from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
+from pdtrim_deploy.pipeline.rates import Rates, measure
 from pdtrim_deploy.pipeline.recipe_fit import check_fits
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -40,7 +39,6 @@ from pdtrim_deploy.pruning.expert_cost import ExpertCost, expert_cost
 from pdtrim_deploy.recipe import Recipe
 
 _LAYERS = "model.layers."
-MOST_ROWS = 512  # of a product that the machine's speed is taken from: more are no faster, and one takes longer
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,12 @@ class Preview:
         planned_bytes, dense_bytes, dense_fp8_bytes: KV of one request of `prompt_tokens`: as `stand_in` has it, of the
             unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
-        search_seconds: of it, at the speed that this machine multiplies matrices of that size at just now.
+        search_seconds: of it, at the rates.
         experts: what ranking the experts costs; None when none are ranked, or nothing is known of the model.
         experts_seconds: the same of it.
         costs: of each step; None where nothing is known of the model.
-        speed: operations a second at which this device multiplies matrices of the model's size just now.
+        rates: of this machine, that time is estimated by; None where nothing is known of the model.
         limits: what the allowed memory asks for, a sentence.
-        hashed: bytes a second of which this machine makes SHA-256 just now.
         fit: whether text is too short for least squares, a sentence.
         missing: why the sizes are not known, a sentence.
 
@@ -77,15 +74,14 @@ class Preview:
     experts_seconds: float | None = None
     missing: str | None = None
     costs: Mapping[str, StepCost] | None = None
-    speed: float | None = None
+    rates: Rates | None = None
     limits: str | None = None
-    hashed: float | None = None
     fit: str | None = None
 
-    def seconds(self, step: str) -> float | None:
-        """Of a step, at `speed`; None where its operations are not known, such as those of engines."""
-        cost = (self.costs or {}).get(step)
-        return None if cost is None or self.speed is None else cost.seconds(self.speed, self.hashed)
+    @property
+    def left(self) -> dict[str, StepCost]:
+        """Costs of the steps that are to do, where anything is known of the model."""
+        return {name: cost for name, cost in (self.costs or {}).items() if not self.steps[name]}
 
 
 def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) -> Preview:
@@ -106,7 +102,8 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
     try:
         checkpoint = resolve(recipe.model.source, _Peek(cache.root))
     except _NotCached:
-        return _unseen(recipe, None, f"{recipe.model.source} is not in the cache yet", compute)
+        source = recipe.model.source
+        return _unseen(recipe, _config_alone(source), f"{source} is not in the cache yet", compute)
     except UserError as error:
         config = _config_alone(recipe.model.source)
         if config is None:
@@ -146,7 +143,7 @@ def _check_texts(context: Context, done: Collection[str]) -> None:
 def _costs(recipe: Recipe, config: dict[str, Any], compute: Compute, done: Collection[str]) -> dict[str, Any]:
     """What a preview says of time and memory."""
     limited = fit_build(recipe, config, compute)
-    speed, bounded = _model_speed(config, recipe.calibration.length, compute), limited_recipe(recipe, limited)
+    rates, bounded = measure(recipe, config, compute), limited_recipe(recipe, limited)
     search = None if "prune" in done else search_cost(config, bounded.pruning, recipe.calibration, recipe.healing)
     experts = None if "experts" in done else expert_cost(config, bounded.pruning, recipe.calibration)
     limits = None
@@ -154,15 +151,19 @@ def _costs(recipe: Recipe, config: dict[str, Any], compute: Compute, done: Colle
         limits = f"{limited.blocks_in_memory} of {config['num_hidden_layers']} blocks in memory at a time"
     return {
         "search": search,
-        "search_seconds": None if search is None else search.flops / speed,
+        "search_seconds": _at(rates, search),
         "experts": experts,
-        "experts_seconds": None if experts is None else experts.flops / speed,
+        "experts_seconds": _at(rates, experts),
         "costs": step_costs(recipe, config, limited),
-        "speed": speed,
+        "rates": rates,
         "limits": limits,
-        "hashed": _hash_rate(),
         "fit": fit_sentence(recipe, ModelSizes.of(config)),
     }
+
+
+def _at(rates: Rates, cost: SearchCost | ExpertCost | None) -> float | None:
+    """Seconds of a part of a step."""
+    return None if cost is None or rates.products is None else cost.flops / rates.products
 
 
 def _sent(plan: PDPlan, tokens: int) -> tuple[int, int, int]:
@@ -207,35 +208,6 @@ def _config_alone(source: str) -> dict[str, Any] | None:
         return read_config(folder / "config.json") if alone else None
     known = shipped_for(source)
     return None if known is None else read_config(known)
-
-
-def _model_speed(config: dict[str, Any], tokens: int, compute: Compute) -> float:
-    """Of a model's MLPs, or of experts, to each of which a part of eight sequences comes."""
-    sizes = ModelSizes.of(config)
-    rows = tokens if sizes.expert_tokens == 1 else max(1, round(8 * tokens * sizes.expert_tokens))
-    return _speed(sizes.hidden, sizes.expert_width, rows, compute.devices[0])
-
-
-def _speed(hidden: int, intermediate: int, tokens: int, device: str = "cpu") -> float:
-    """Operations a second of float32 products as wide as a block's, in a second or so."""
-    import torch
-
-    tokens = min(tokens, MOST_ROWS)
-    left, right = torch.randn(tokens, hidden, device=device), torch.randn(hidden, intermediate, device=device)
-    float((left @ right)[0, 0])
-    began, times = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.2:
-        float((left @ right)[0, 0])  # a GPU is waited for
-        times += 1
-    return 2 * tokens * hidden * intermediate * times / (time.perf_counter() - began)
-
-
-def _hash_rate() -> float:
-    """Bytes a second, in a tenth of a second or less."""
-    block = bytes(1 << 24)
-    began = time.perf_counter()
-    hashlib.sha256(block)
-    return len(block) / (time.perf_counter() - began)
 
 
 class _NotCached(Exception):

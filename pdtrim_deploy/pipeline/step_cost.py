@@ -8,7 +8,6 @@ from pdtrim_deploy.models.footprint import Peak
 from pdtrim_deploy.pipeline.training_costs import TrainingCost
 
 WRITTEN = 0.45e9  # bytes a second of a stage that is cast and written, as in benchmarks/results/build.json
-_HASHED = 1.5e9  # bytes a second of SHA-256 on a CPU with instructions for it
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ class StepCost:
         """All of them, if there is no limit of time."""
         return None if self.flops is None else self.flops + sum(training.flops for training in self.trainings)
 
-    def seconds(self, speed: float, hash_rate: float | None = None) -> float | None:
+    def seconds(self, speed: float | None, hash_rate: float) -> float | None:
         """At `speed` operations a second, and so many bytes hashed a second; None where nobody knows."""
-        files = self.written / WRITTEN + self.hashed / (hash_rate or _HASHED)
+        files = self.written / WRITTEN + self.hashed / hash_rate
         if self.flops is None:
             return files or None
+        if speed is None:
+            return None if self.operations else files
         return files + self.flops / speed + sum(training.seconds(speed, self.minutes) for training in self.trainings)

@@ -95,8 +95,10 @@ class _Costs:
         return costs
 
     def _source(self) -> StepCost:
-        """A converted model is written in shards, in float32."""
-        converted = 0.0 if self.recipe.model.source.startswith("hf:") else self.sizes.total * 4.0
+        """A converted model is written in shards, in float32; how long that and fetching it takes nobody knows."""
+        if self.recipe.model.source.startswith("hf:"):
+            return StepCost(Peak.of(self.compute, 0.0), hashed=self._stored(0))
+        converted = self.sizes.total * 4.0
         return StepCost(Peak.of(self.compute, 0.0, min(SHARD, converted)), converted)
 
     def _prune(self) -> StepCost:
@@ -110,7 +112,9 @@ class _Costs:
         students = 4 * sizes.block * self.item if recipe.pruning.distil and self._streams else 0
         computing = self._weights() + kept + students + self._running(min(8, text.sequences), text.length)
         host = teacher + self.workers * (PROGRAM + cost.memory)
-        return self._step(computing, host, cost.disk, cost.flops, cost.reads)
+        looked = 0 if recipe.pruning.distil else sizes.blocks  # run over the text first, for candidates.json
+        flops = cost.flops + 2.0 * sizes.active * looked * text.sequences * text.length
+        return self._step(computing, host, cost.disk, flops, cost.reads + self._passes(looked))
 
     def _target(self) -> StepCost:
         target, kv, sizes = self.recipe.target, self.recipe.kv, self.sizes

@@ -96,6 +96,7 @@ def candidates(plan: PDPlan) -> tuple[int, ...]:
 def fit(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
     """Refit K and V of every block that is there for them alone, in order, on prefill's own hidden states."""
     changed, parts = dict[int, dict[str, Tensor]](), ids.split(BATCH if len(ids) > BATCH else 1)
+    alone = len(pair.plan.kv_only_layers)
     stage, dense = (LayerRun(Blockwise(model), parts) for model in (pair.stage("prefill"), pair.model))
     for block in pair.plan.prefill_layers:
         while dense.layer < block:
@@ -103,11 +104,12 @@ def fit(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> St
         if pair.adds("prefill", block):
             stage.advance()
             continue
-        changed[block] = {}
+        changed[block], errors = {}, []
         for name in ("k_proj", "v_proj"):
             weight, before, after = _refit(pair.model, block, name, stage.states, dense.states)
             changed[block][f"self_attn.{name}.weight"] = weight
-            progress(f"block {block}, {name}: relative squared error {before:.4f} -> {after:.4f}")
+            errors.append(f"of {name[0].upper()} {before:.4f} -> {after:.4f}")
+        progress(f"least squares of K and V alone: {len(changed)}/{alone} blocks, error {', '.join(errors)}")
         stage.skip()
     return pair.with_changes("prefill", changed)
 

@@ -112,7 +112,7 @@ class RefitJudge:
         """All lose as many blocks, or none loses anything."""
         if method == "none" or all(action.kind == "keep" for action in pairs[0].plan.actions(stage)):
             return pairs
-        return get_compensation(method, self.rules).compensate_all(pairs, stage, ids, lambda _: None)
+        return get_compensation(method, self.rules).compensate_all(pairs, stage, ids, self.note)
 
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""

@@ -34,8 +34,9 @@ def test_a_model_shows_its_candidates(capsys, tiny_llama_dir, corpus, cache, tmp
     assert len(shown["redundancy"]) == 6
     assert sorted([*shown["pruning"], *(b for p in shown["distillation"] for b in (p, p + 1))]) == list(range(6))
     assert ET.fromstring(picture.read_text()).tag.endswith("svg")
-    code, out, _ = run(capsys, "inspect", f"hf:{tiny_llama_dir}", *common)
+    code, out, err = run(capsys, "inspect", f"hf:{tiny_llama_dir}", *common)
     assert code == 0
+    assert [line for line in err.splitlines() if line.endswith(" ...")] == ["source ...", "inspect ..."]
     assert f"{shown['redundancy'][3]:.4f}" in out
 
 
@@ -59,5 +60,6 @@ def test_the_format_of_quantised_weights_is_named(capsys, tiny_llama_dir, corpus
 def test_bad_input_is_one_sentence(capsys, args, says, cache):
     code, _, err = run(capsys, "inspect", *args, "--cache-dir", cache.root)
     assert code == 2
-    assert says in err
-    assert err.count("\n") == 1
+    sentence = err.removeprefix("source ...\n")  # where it was looked for
+    assert says in sentence
+    assert sentence.count("\n") == 1

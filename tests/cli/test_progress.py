@@ -1,5 +1,6 @@
 """A long step that says nothing is said to go on."""
 
+import logging
 import time
 
 from pdtrim_deploy.cli.progress import Progress
@@ -14,6 +15,19 @@ def test_a_silent_step_says_that_it_goes_on(capsys):
     assert lines[0] == "load ..."
     assert [line for line in lines if line.startswith("  round 1 of 8 (") and line.endswith(" s so far)")]
     assert lines[-1].startswith("load: ")
+
+
+def test_what_is_logged_inside_a_step_is_a_note_and_a_warning_stays(capsys, caplog):
+    progress, logger = Progress(silence_s=0.05), logging.getLogger("pdtrim_deploy.kvcache")
+    with progress.show("load"):
+        logger.warning("packed by torch")
+        logger.info("waiting for g++")
+        time.sleep(0.3)
+    logger.info("more")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "packed by torch"
+    assert [line for line in lines if line.startswith("  waiting for g++ (") and line.endswith(" s so far)")]
+    assert [record.message for record in caplog.records] == ["packed by torch", "waiting for g++"]
 
 
 def test_a_step_that_fails_ends_its_watch(capsys):

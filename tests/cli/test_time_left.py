@@ -31,6 +31,18 @@ def test_other_work_begins_anew_and_slow_work_has_seconds_each():
     assert lines[2:] == ["b: 1 of 9 texts", "b: 1 of 9 texts", "a: 1 of 9 texts", "b: 12/9 texts"]
 
 
+def test_the_same_work_once_more_begins_anew():
+    lines = lines_of(
+        (0, "fit: 1/4 blocks"), (1, "fit: 2/4 blocks"), (2, "fit: 4/4 blocks"), (100, "fit: 1/4 blocks"),
+        (102, "fit: 2/4 blocks"),
+    )  # fmt: skip
+    assert lines[2:] == [
+        "fit: 4/4 blocks (1.5/s, 0 s left)",
+        "fit: 1/4 blocks",
+        "fit: 2/4 blocks (2.0 s each, 4 s left)",
+    ]
+
+
 def test_a_line_that_tells_the_time_left_itself_stays_as_it_is():
     first, second = (f"healing decode: step {step}/60, loss 2.3, 305 tokens/s, {160 - step} s left" for step in (1, 2))
     assert lines_of((0, first), (9, second)) == [first, second]

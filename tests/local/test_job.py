@@ -28,6 +28,15 @@ def test_peak_memory_is_that_of_the_process(tmp_path):
     del ours
 
 
+def test_what_it_notes_is_heard_line_by_line(tmp_path):
+    code = "import sys, json; job = json.load(open(sys.argv[1])); notes = open(job['notes'], 'a')"
+    code += "; [print(f'{n} of 3', file=notes, flush=True) for n in (1, 2, 3)]; print('half', end='', file=notes)"
+    code += "; open(job['answer'], 'w').write('{}')"
+    heard = []
+    run_job([sys.executable, "-c", code], {}, tmp_path, os.environ, heard.append)
+    assert heard == ["1 of 3", "2 of 3", "3 of 3"]
+
+
 def test_it_dies_with_whoever_started_it(tmp_path):
     """Kill -9 of a build leaves no builder behind."""
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"

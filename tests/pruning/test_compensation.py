@@ -1,5 +1,7 @@
 """Compensation: what it may touch, what it is equal to, and that it brings a stage nearer to the dense model."""
 
+import re
+
 import pytest
 import torch
 from stagepairs import kl, pair_of
@@ -44,6 +46,18 @@ def test_least_squares_comes_nearer_on_new_text(stage):
     pair = pair_of(tiny("Llama"))
     after = get_compensation("least-squares").compensate(pair, stage, text(48, 24), QUIET)
     assert kl(after, stage, text(8, 24, seed=7)) < 0.9 * kl(pair, stage, text(8, 24, seed=7))
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_it_says_how_far_it_is_and_what_a_refit_brought(stage):
+    pair, notes = pair_of(tiny("Llama")), []
+    changed = get_compensation("least-squares").compensate(pair, stage, text(12, 24), notes.append).changed[stage]
+    assert [note.partition(" blocks")[0] for note in notes] == [
+        f"{stage}: least squares, {depth}/{BLOCKS}" for depth in range(1, BLOCKS + 1)
+    ]
+    errors = [re.search(r", relative squared error (0\.\d{4}) -> (0\.\d{4})$", note) for note in notes]
+    assert sum(error is not None for error in errors) == len(changed)
+    assert all(float(error[2]) <= float(error[1]) for error in errors if error)
 
 
 @pytest.mark.parametrize("method", COMPENSATIONS)

@@ -13,7 +13,7 @@ from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.streaming import stream_model
 from pdtrim_deploy.models.weights import ModelSizes
-from pdtrim_deploy.pipeline.preview import _speed, preview
+from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
@@ -165,7 +165,6 @@ def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
     assert result.search.states == 512 << 20
     assert result.search.states_wanted == 32 * 16 * 256 * 4096 * 4
     assert result.search_seconds > 0
-    assert _speed(64, 128, 10**30) > 0  # no more rows than tell the speed
     print_preview(result, tmp_path / "out", as_json=False)
     out = capsys.readouterr().out
     assert f"{result.search.most:,} block-forwards at most" in out

@@ -63,7 +63,11 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
     model, ids = tiny("Llama"), text(16, 24)
     pair = pair_of(model, (), (4,))
     assert candidates(pair.plan) == (0, 1, 2, 3)
-    single, double = make_kv_only(pair, 1, ids), make_kv_only(pair, 2, ids)
+    notes = []
+    single, double = make_kv_only(pair, 1, ids), make_kv_only(pair, 2, ids, notes.append)
+    assert [note.partition(" blocks")[0] for note in notes[-2:]] == [
+        f"least squares of K and V alone: {done}/2" for done in (1, 2)
+    ]
     assert len(double.plan.kv_only_layers) == 2
     assert set(single.plan.kv_only_layers) < set(double.plan.kv_only_layers)
     assert double.plan.decode == pair.plan.decode

@@ -15,6 +15,7 @@ graph: SGLang computes it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ EXTERNAL_ABOVE = 2_000_000_000  # protobuf's limit is 2 GiB
 INT64 = onnx.TensorProto.INT64
 _ATTENTION, _MLP = ("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")
 _BEHIND_KV = ("mlp", "post_attention_layernorm", "q_proj", "q_norm", "o_proj")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def build_graph(
     left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name, stage))
     if left:
         raise UserError(f"{stage.path}: tensor {left[0]} has no place in the graph of {stage.architecture}")
+    logger.info("writing and checking the graph")
     path.write_bytes(model.SerializeToString(deterministic=True))
     ops.register_schemas()
     onnx.checker.check_model(str(path))
@@ -96,6 +99,7 @@ def _model(s: StageModel, weights: Weights, dtype: str, encode: bool) -> ModelPr
     hidden = nodes.op("Gather", table, "input_ids", at="embed", axis=0)
     sends = {rule.prefill_layer: rule for rule in s.sends}
     for layer in range(s.layers):
+        logger.info("graph: %d/%d layers", layer, s.layers)
         if (number := s.kv_layers.get(layer)) is not None:
             normed = nodes.norm(hidden, f"model.layers.{layer}.input_layernorm", f"l{layer}.norm1")
             q, k, v = nodes.qkv(layer, normed)

@@ -7,6 +7,7 @@ inputs and outputs, and `pdtrim_tensorrt` for what runs the plugins.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.job import run_job
 
 PLAN = "engine.plan"
+logger = logging.getLogger(__name__)
 NOT_RUN = "the engine has never been run: loading, inspecting and executing one needs a GPU"
 
 
@@ -124,6 +126,7 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
             "most_tokens": options.most_tokens,
             "magic": flavour.magic,
         }
+        logger.info("waiting for %s, which parses the graph and builds the engine", flavour.module)
         command = [sys.executable, "-m", "pdtrim_builders.targets.tensorrt_worker"]
         done = run_job(command, job, scratch, _environment(flavour, scratch))
     answer = done.answer

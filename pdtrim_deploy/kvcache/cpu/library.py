@@ -49,6 +49,7 @@ def compile_into(folder: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise UserError("g++ is not on PATH; install it (Debian: apt-get install g++) and start again")
+    logger.info("waiting for g++, which compiles the packing of KV for this CPU, once")
     command = [compiler, *OPTIONS, "-o", str(folder / NAME), str(SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

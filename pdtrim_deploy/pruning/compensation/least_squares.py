@@ -44,11 +44,12 @@ class LeastSquares:
         """The same for pairs of one prefill stage, or, for `stage` prefill, any: what surrounds them is run once."""
         targets = TargetStates(pairs[0], stage, ids)
         text_share = 1.0 if self.rules.sequences is None else len(ids) / self.rules.sequences
-        fits = [_Fit(pair, stage, targets, self.least_gain, self.rules, text_share, progress) for pair in pairs]
+        fits = [_Fit(pair, stage, targets, self.least_gain, self.rules, text_share) for pair in pairs]
         while targets.depth < targets.blocks:
             targets.advance()
             for fit in fits:
                 fit.advance()
+            progress(f"{stage}: least squares, {targets.depth}/{targets.blocks} blocks{fits[0].refitted}")
             targets.forget(min(fit.reads for fit in fits))
         return [pair.with_changes(stage, fit.changed) for pair, fit in zip(pairs, fits, strict=True)]
 
@@ -58,9 +59,9 @@ class _Fit:
 
     def __init__(
         self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, rules: FitRules,
-        text_share: float, progress: Progress,
+        text_share: float,
     ) -> None:  # fmt: skip
-        self._pair, self._stage, self._targets, self._progress = pair, stage, targets, progress
+        self._pair, self._stage, self._targets = pair, stage, targets
         self._sources, self._least_gain, self._rules = pair.plan.kv_sources, least_gain, rules
         self._text_share = text_share
         self._missing = pair.plan.missing(stage)
@@ -69,6 +70,7 @@ class _Fit:
         self._alone = LayerRun(self._run.runner, targets.prompts if rules.prompt_share else ())
         self._going = self._layers[0] != 0  # whether errors come from before
         self.changed: dict[int, dict[str, Tensor]] = {}
+        self.refitted = ""  # what that did to the error at this depth, for a reader
 
     @property
     def reads(self) -> int:
@@ -78,7 +80,7 @@ class _Fit:
 
     def advance(self) -> None:
         """Through the layer whose reader is the block at the dense model's depth, if the stage has one, refitted."""
-        layer = self._run.layer
+        layer, self.refitted = self._run.layer, ""
         if not self._run.running or self._spans[layer][1] != self._targets.depth:
             return
         block, (stop, after) = self._layers[layer], self._spans[layer]
@@ -102,7 +104,7 @@ class _Fit:
         weight, before, error = refit.solve(falls_back=self._rules.falls_back, text_share=self._text_share)
         if not math.isfinite(error):
             raise UserError(f"{self._stage} block {block}: its error is {error}; load the model in float32")
-        self._progress(f"{self._stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")
+        self.refitted = f", relative squared error {before:.4f} -> {error:.4f}"
         self.changed[block] = {"mlp.down_proj.weight": weight}
         set_down(run.runner.layers[run.layer], weight)
         self._going = error < (1 - self._least_gain) * before

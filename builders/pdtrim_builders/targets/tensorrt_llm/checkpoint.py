@@ -8,6 +8,7 @@ embeddings are whole on every rank. With fewer KV heads than ranks, neighbouring
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _NORMS = {
 }
 _BY_OUTPUT = {"mlp.gate_proj": "mlp.fc", "mlp.up_proj": "mlp.gate"}
 _BY_INPUT = {"self_attn.o_proj": "attention.dense", "mlp.down_proj": "mlp.proj"}
+logger = logging.getLogger(__name__)
 
 
 def check_split(stage: StageModel, ranks: int) -> None:
@@ -45,6 +47,7 @@ def write_checkpoint(stage: StageModel, folder: Path, dtype: str, ranks: int) ->
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(checkpoint_config(stage, dtype, ranks), indent=2) + "\n")
     for rank in range(ranks):
+        logger.info("checkpoint: %d/%d ranks", rank, ranks)
         save(dict(_rank_tensors(stage, dtype, rank, ranks)), folder / f"rank{rank}.safetensors")
 
 

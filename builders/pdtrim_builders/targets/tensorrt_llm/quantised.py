@@ -30,6 +30,7 @@ from pdtrim_deploy.models.loading import TORCH_DTYPES, load_model, load_tokenize
 
 CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
 MOST_TOKENS = 512
+logger = logging.getLogger(__name__)
 _DECODERS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen"}
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json", "merges.txt")
 
@@ -62,6 +63,7 @@ def write_quantised(
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise UserError("there is no calibration text with two tokens or more")
+    logger.info("waiting for modelopt, which calibrates on %d texts and writes the weights in %s", len(rows), kind)
     with _quiet(), torch.no_grad():
         before = _loss(model, rows)
         from modelopt.torch import export, quantization
