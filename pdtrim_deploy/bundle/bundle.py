@@ -9,6 +9,7 @@ in the place of prefill/ and decode/, and no engines. `bundle.manifest` says how
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +120,9 @@ class Bundle:
                 )
         return cls(path, plan, recipe, manifest)
 
-    def verify(self) -> list[str]:
+    def verify(self, note: Callable[[str], None] = lambda _: None) -> list[str]:
         """Every difference between the folder and its seal, one sentence each; empty when there is none."""
-        problems = []
+        problems, hashed, size = [], 0, sum(entry.size for entry in self.manifest.files.values())
         present = {str(f.relative_to(self.path)): f for f in walk(self.path)}
         for name, entry in sorted(self.manifest.files.items()):
             file = present.pop(name, None)
@@ -131,6 +132,8 @@ class Bundle:
                 problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {entry.size}")
             elif (digest := file_sha256(file)) != entry.sha256:
                 problems.append(f"{name} has SHA-256 {digest}, the manifest says {entry.sha256}")
+            hashed += entry.size
+            note(f"hashing: {hashed / 1e6:,.0f} of {size / 1e6:,.0f} MB")
         extra = sorted(n for n in present if n not in UNSEALED and not n.startswith(f"{REPORTS}/"))
         return problems + [f"{name} is not in the manifest" for name in extra]
 

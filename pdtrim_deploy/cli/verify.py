@@ -26,9 +26,11 @@ def verify(bundle: Path, as_json: bool) -> None:
       pdtrim-deploy verify out/bundle --json
     """
     from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.cli.progress import Progress
 
-    opened = Bundle.open(bundle)
-    problems = opened.verify()
+    opened, progress = Bundle.open(bundle), Progress()
+    with progress.show("verify"):
+        problems = opened.verify(progress.note)
     if as_json:
         click.echo(
             json.dumps({"bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems}, indent=2)
