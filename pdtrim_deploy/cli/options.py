@@ -146,10 +146,15 @@ def device(command: Callable[..., Any]) -> Callable[..., Any]:
     )(wrapped)
 
 
-compute_dtype = click.option(
-    "--compute-dtype",
-    type=click.Choice(get_args(NativeDtype)),
-    help="What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]",
+def _compute_dtype(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--compute-dtype", type=click.Choice(get_args(NativeDtype)), help=text)
+
+
+compute_dtype = _compute_dtype("What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]")
+oracle_dtype = _compute_dtype(
+    "What the oracle computes in: the bundle's dtype, as the pair does, or float32 (twice the memory) to see, where the "
+    "check fails narrowly, whether the oracle's own rounding is why.  [default: the bundle's; float32 on a CPU "
+    "without its instructions]"
 )
 
 
