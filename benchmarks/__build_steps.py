@@ -2,10 +2,9 @@
 
     python __build_steps.py RECIPE OUT CACHE
 
-Prints one JSON object: the plan, and of each step its seconds, CPU-seconds, peak memory and calls of a block,
-whatever the batch (block-forwards count each sequence of it). Memory is resident bytes of this process (Linux' VmHWM,
-begun anew with each step). Nothing here depends on how a step works
-inside, so that sources of another commit are measured alike.
+Prints one JSON object: the plan, and of each step its seconds, CPU-seconds, peak memory and calls of a block, whatever
+the batch (block-forwards count each sequence of it). Memory is resident bytes of this process (Linux' VmHWM, begun anew
+with each step). Nothing here depends on how a step works inside, so that sources of another commit are measured alike.
 """
 
 from __future__ import annotations

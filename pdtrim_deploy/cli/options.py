@@ -152,9 +152,9 @@ def _compute_dtype(text: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 compute_dtype = _compute_dtype("What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]")
 oracle_dtype = _compute_dtype(
-    "What the oracle computes in: the bundle's dtype, as the pair does, or float32, which takes twice the memory and "
-    "tells, where the check fails narrowly, whether the oracle's own rounding is why.  [default: the bundle's, or "
-    "float32 where this CPU only emulates it]"
+    "What the oracle computes in: the bundle's dtype, as the pair does, or float32, for twice the memory, which rounds "
+    "less: use it where a 16-bit check does not tell a wrong plan apart.  [default: the bundle's, or float32 where "
+    "this CPU only emulates it]"
 )
 
 

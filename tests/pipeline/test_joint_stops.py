@@ -57,8 +57,8 @@ for name, command, line, number, limit in cases:
             os._exit(1)
     os.close(write)
     with os.fdopen(read) as pipe:
-        said = pipe.read()
-    print(json.dumps([name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said]), flush=True)
+        output = pipe.read()
+    print(json.dumps([name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output]), flush=True)
 """
 
 
@@ -81,11 +81,11 @@ def recipe_file(tmp_path: Path, tiny_llama_dir: Path, text: Path) -> Path:
     return path
 
 
-def made(bundle: Bundle) -> dict[str, str]:
+def digests(bundle: Bundle) -> dict[str, str]:
     """Digests of the plan, of the target's answer and of all weights."""
     files = (*bundle.path.glob("*/*.safetensors"), bundle.reports_dir / "target.json")
-    digests = {str(file.relative_to(bundle.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return digests | {"plan": bundle.plan.digest}
+    by_file = {str(file.relative_to(bundle.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return by_file | {"plan": bundle.plan.digest}
 
 
 def measured(lines: list[str]) -> int:
@@ -97,14 +97,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bundle(recipe_file: Path, t
     recipe, place = Recipe.load(recipe_file), tmp_path / "place"
     place.mkdir()
     with Snapshots(place, tmp_path / "killed", each=11) as killed:
-        whole = made(build(recipe, place / "out", Cache(place / "cache")))
+        whole = digests(build(recipe, place / "out", Cache(place / "cache")))
     assert len(whole) == 4
     left = []
     for moment in killed:
         with contextlib.suppress(UserError):
             assert Bundle.open(moment / "out").verify() == [], f"{moment}: taken for whole"
         lines: list[str] = []
-        assert made(build(recipe, moment / "out", Cache(moment / "cache"), lines.append)) == whole
+        assert digests(build(recipe, moment / "out", Cache(moment / "cache"), lines.append)) == whole
         left.append(measured(lines))
     assert left == sorted(left, reverse=True), "what was measured is not measured again"
     assert {0, PARTS} < {*left}, "moments lie in front of the measurement, within it and behind it"
@@ -127,22 +127,24 @@ def test_kill_9_ctrl_c_and_a_full_disk_within_the_joint_choice(recipe_file: Path
     cases = [command("whole"), *([name, command(name), *how] for name, how in stops.items())]
     program = [sys.executable, "-c", CHILD, json.dumps(cases)]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
-    ends = {name: (code, said) for name, code, said in map(json.loads, done.stdout.splitlines()[-len(stops) :])}
+    ends = {name: (code, output) for name, code, output in map(json.loads, done.stdout.splitlines()[-len(stops) :])}
     assert ends.keys() == stops.keys(), done.stderr
-    whole = made(Bundle.open(tmp_path / "whole"))
-    for name, (code, said) in ends.items():
+    whole = digests(Bundle.open(tmp_path / "whole"))
+    for name, (code, output) in ends.items():
         number = stops[name][1]
         if number == signal.SIGKILL:
             assert code == -number
         else:
-            sentence = said.splitlines()[-1]
+            sentence = output.splitlines()[-1]
             assert sentence.startswith("pdtrim-deploy: ")
             says = "stopped by Ctrl-C; run the same command again to resume" if number else "File too large"
-            assert (code, says in sentence, full.get(name, "") in sentence) == (130 if number else 2, True, True), said
+            assert (code, says in sentence, full.get(name, "") in sentence) == (130 if number else 2, True, True), (
+                output
+            )
             assert not [*(tmp_path / name).glob("**/.*new-*"), *(tmp_path / f"{name} c").glob("**/.*new-*")]
         with pytest.raises(UserError):
             Bundle.open(tmp_path / name)
         bundle = build(Recipe.load(recipe_file), tmp_path / name, Cache(tmp_path / f"{name} c"))
-        assert made(bundle) == whole, name
+        assert digests(bundle) == whole, name
         assert bundle.verify() == []
         assert not list(bundle.path.glob(".build*"))
