@@ -2,9 +2,9 @@
 
     python __build_steps.py RECIPE OUT CACHE
 
-Prints one JSON object: the plan, and of each step its seconds, CPU-seconds, peak memory and runs of a block. Memory is
-resident bytes of this process (Linux' VmHWM, begun anew with each step). Nothing here depends on how a step works
-inside, so that sources of another commit are measured alike.
+Prints one JSON object: the plan, and of each step its seconds, CPU-seconds, peak memory and calls of a block, whatever
+the batch (block-forwards count each sequence of it). Memory is resident bytes of this process (Linux' VmHWM, begun anew
+with each step). Nothing here depends on how a step works inside, so that sources of another commit are measured alike.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class _Blocks:
     """Counts calls of `Blockwise.block`."""
 
     def __init__(self) -> None:
-        self.runs, original = 0, Blockwise.block
+        self.calls, original = 0, Blockwise.block
 
         def counted(*arguments: Any, **options: Any) -> Any:
-            self.runs += 1
+            self.calls += 1
             return original(*arguments, **options)
 
         Blockwise.block = counted  # type: ignore[method-assign]
@@ -53,10 +53,10 @@ def main() -> None:
     @contextlib.contextmanager
     def show(name: str, done: bool) -> Iterator[None]:
         reset_peak()
-        begun, worked, runs = time.perf_counter(), time.process_time(), blocks.runs
+        begun, worked, calls = time.perf_counter(), time.process_time(), blocks.calls
         yield
         took = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - worked}
-        rows.append({"step": name} | took | {"peak_mb": peak_mb(), "block_runs": blocks.runs - runs})
+        rows.append({"step": name} | took | {"peak_mb": peak_mb(), "block_calls": blocks.calls - calls})
         print(f"{name}: {took['seconds']:.1f} s, {took['cpu_seconds']:.1f} of a CPU", file=sys.stderr, flush=True)
 
     note = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731 - `build` calls it with a sentence

@@ -45,7 +45,7 @@ EXTRA_OF = {
 # Errors of the machine, not of this program: reported in one sentence.
 TO_MEND = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from pdtrim_deploy.serving.engines import Executors
 @click.option("--deadline", type=options.seconds, default=120.0, show_default=True, help="Seconds a request.")
 @options.executors
 @options.device
+@options.oracle_dtype
 @options.serve_python
 @options.cache_dir
 @options.dry_run
@@ -40,6 +41,7 @@ def fidelity(
     deadline: float,
     executors: Executors | None,
     compute: Compute,
+    compute_dtype: str | None,
     serve_python: Path | None,
     cache: Cache,
     dry_run: bool,
@@ -68,9 +70,11 @@ def fidelity(
     opened = Bundle.open(bundle)
     if url and executors is not None:
         raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
+    compute = _computing(opened.plan.model.kv_dtype, compute_dtype, compute)
     written = options.writable(opened.reports_dir / "fidelity.json")
     if dry_run:
         planned = {"plan": opened.plan.digest, "new_tokens": new_tokens, "seed": seed, "written": str(written)}
+        planned |= {"device": compute.names, "computed_in": compute.dtype}
         at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}
         dry_runs.say(planned | at, as_json)
         return
@@ -82,9 +86,8 @@ def fidelity(
         click.echo(sentence, err=True)
 
     def run(at: str) -> FidelityResult:
-        judged_in = compute.fast(opened.plan.model.kv_dtype)
         return run_fidelity(
-            opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say, compute=judged_in
+            opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say, compute=compute
         )
 
     if url:
@@ -97,6 +100,7 @@ def fidelity(
         ) as cluster:
             result = run(cluster.url)
     provenance = {"seed": seed, "plan": opened.plan.digest, "environment": environment(command)}
+    provenance |= {"device": compute.names, "computed_in": compute.dtype}
     text = json.dumps(result.to_json() | provenance, indent=2)
     write_atomic(written, text + "\n")
     if as_json:
@@ -104,6 +108,16 @@ def fidelity(
     else:
         _print(result)
     raise SystemExit(0 if result.passed else 1)
+
+
+def _computing(dtype: str, chosen: str | None, compute: Compute) -> Compute:
+    """`compute` in the `chosen` dtype; UserError for one that rounds otherwise than a pair of `dtype` does."""
+    if chosen not in (None, dtype, "float32"):
+        raise UserError(
+            f"--compute-dtype {chosen}: the bundle's pair computes in {dtype}, and an oracle in {chosen} rounds "
+            f"otherwise; give {' or '.join(dict.fromkeys([dtype, 'float32']))}"
+        )
+    return compute.with_dtype(chosen) if chosen else compute.fast(dtype)
 
 
 def _print(result: Any) -> None:

@@ -150,10 +150,17 @@ def device(
 
 # of a command that prices, always or in its dry run, what another machine may do
 priced_device = functools.partial(device, absent=lambda options: options.get("dry_run", True))
-compute_dtype = click.option(
-    "--compute-dtype",
-    type=click.Choice(get_args(NativeDtype)),
-    help="What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]",
+
+
+def _compute_dtype(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--compute-dtype", type=click.Choice(get_args(NativeDtype)), help=text)
+
+
+compute_dtype = _compute_dtype("What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]")
+oracle_dtype = _compute_dtype(
+    "What the oracle computes in: the bundle's dtype, as the pair does, or float32, for twice the memory, which rounds "
+    "less: use it where a 16-bit check does not tell a wrong plan apart.  [default: the bundle's, or float32 where "
+    "this CPU only emulates it]"
 )
 
 

@@ -22,7 +22,8 @@ from pdtrim_deploy.errors import UserError
 
 MARKER = ".complete.json"
 _USERS_TO_MEND = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST,
+    errno.ELOOP,
 }  # fmt: skip
 
 
@@ -88,8 +89,9 @@ class Cache:
         except OSError as error:
             if error.errno not in _USERS_TO_MEND:
                 raise
+            where = f": {error.filename}" if error.filename else ""  # none where a file was open
             raise UserError(
-                f"cannot fill the cache {self.root} ({error.strerror}: {error.filename}); "
+                f"cannot fill the cache {self.root} ({error.strerror}{where}); "
                 "free some space or name another folder with --cache-dir"
             ) from error
         return target

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from snapshots import Snapshots
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
@@ -394,33 +395,6 @@ def test_what_depends_on_a_step_is_struck_out_before_it_is_made_again(
         with pytest.raises(OSError, match="No space"):
             make(recipe_file(), bundle.path, cache)
     assert make(recipe_file(), bundle.path, cache)[1] == ALL[1:]  # plan.json and checkpoints stand, of another search
-
-
-class Snapshots:
-    """Copies `out` before each change that a build makes below it: just what kill -9 at that moment would leave."""
-
-    CHANGES = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir"})
-
-    def __init__(self, out: Path, to: Path) -> None:
-        self.out, self.to, self.taken, self.watching = out, to, list[Path](), False
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, args: tuple) -> None:
-        if not self.watching:  # a hook cannot be taken away
-            return
-        writes = event == "open" and isinstance(args[0], str) and bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
-        if (writes or event in self.CHANGES) and str(args[0]).startswith(str(self.out)):
-            self.watching = False
-            self.taken.append(self.to / str(len(self.taken)))
-            shutil.copytree(self.out, self.taken[-1])
-            self.watching = True
-
-    def __enter__(self) -> list[Path]:
-        self.watching = True
-        return self.taken
-
-    def __exit__(self, *_: object) -> None:
-        self.watching = False
 
 
 @pytest.mark.parametrize("rebuild", [False, True], ids=["fresh", "rebuild"])

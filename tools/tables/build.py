@@ -31,10 +31,10 @@ def build(data: dict[str, Any] | None) -> str:
     text = (
         f"greedy search on {options['sequences']} x {options['length']} tokens of Brown's calibration split; KV budget "
         f"of 4.95 on {options['kv_sequences']} sequences; `{before}` / `{data['commit']}`, in turns; "
-        f"{rounds}; peak memory is this process' resident bytes; block-runs count calls of a block, "
-        "whatever the batch"
+        f"{rounds}; peak memory is this process' resident bytes; block calls are each of a batch, "
+        "of which block-forwards count the sequences"
     )
-    head = ("model", "step", "seconds", "CPU-seconds", "peak MB", "block-runs")
+    head = ("model", "step", "seconds", "CPU-seconds", "peak MB", "block calls")
     return table(head, lines) + where(data["environment"], text, model="")
 
 
@@ -45,7 +45,7 @@ def _of(rows: list[dict[str, Any]], figure: str) -> float:
 def _cells(sides: list[list[dict[str, Any]]]) -> list[str]:
     """`before / after` of each figure; of several steps the sum, of memory the largest."""
     cells = []
-    for figure in ("seconds", "cpu_seconds", "peak_mb", "block_runs"):
+    for figure in ("seconds", "cpu_seconds", "peak_mb", "block_calls"):
         names = dict.fromkeys(row["step"] for side in sides for row in side)
         values = [[_of([row for row in side if row["step"] == name], figure) for name in names] for side in sides]
         totals = [max(side) if figure == "peak_mb" else sum(side) for side in values]
