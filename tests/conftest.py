@@ -23,12 +23,12 @@ TINY_BLOCKS = tinyfamilies.SHARED["num_hidden_layers"]
 # Files of the tests without servers from the longest, of 10 s of CPU and more. xdist hands files out in this order, so
 # that what is left at the end is short and no process waits for another's.
 LONGEST_FIRST = (
-    "cli/test_terminal", "pipeline/test_devices", "pipeline/test_joint_stops", "pruning/test_ray",
-    "doctor/test_measured_memory", "pipeline/test_engines",
-    "pipeline/test_build", "pipeline/test_search", "models/test_pypi_parts", "pruning/test_finalists",
-    "models/test_gguf", "pdtrim_tensorrt/test_kernel", "pipeline/test_heal", "pdtrim_builders/test_tensorrt",
-    "pipeline/test_step_costs", "cli/test_shown", "evaluation/lm_harness/test_against_hflm", "serving/test_cluster",
-    "gpucheck/test_supervise", "kvcache/test_gpu", "pdtrim_sglang/test_attention_backends",
+    "pipeline/test_step_costs", "cli/test_terminal", "pipeline/test_devices", "doctor/test_measured_memory",
+    "pipeline/test_build", "pipeline/test_engines", "pipeline/test_joint_stops", "pruning/test_ray",
+    "pipeline/test_search", "pipeline/test_heal", "pruning/test_finalists", "models/test_gguf",
+    "pdtrim_tensorrt/test_kernel", "models/test_pypi_parts", "pdtrim_builders/test_tensorrt", "cli/test_shown",
+    "evaluation/lm_harness/test_against_hflm", "serving/test_cluster", "gpucheck/test_supervise",
+    "kvcache/test_gpu", "pdtrim_sglang/test_attention_backends",
 )  # fmt: skip
 _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

