@@ -20,7 +20,7 @@ from __results import HERE, commit, write
 from torch import Tensor
 
 from pdtrim_deploy.evaluation.corpora import Split, registry
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.mixture import mixed
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
@@ -62,6 +62,7 @@ CORPORA = ("brown", "code")
 PLACE = HERE.parent / "out" / "bench-width"
 BATCH = 4
 _TEXT = (
+    "text",
     "calibration",
     "sequences",
     "length",
@@ -79,6 +80,9 @@ _TEXT = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=CASES, metavar="CASE")
+    parser.add_argument(
+        "--text", nargs="+", default=["brown", "code"], help="corpora that choose, fit and train, in turn"
+    )
     parser.add_argument("--calibration", type=int, default=16, help="sequences that least squares and channels are of")
     parser.add_argument("--searched", type=int, default=4, help="of them, for the search of blocks")
     parser.add_argument(
@@ -116,8 +120,8 @@ class _Bench:
         checkpoint = resolve(DEFAULT_SOURCE, self._cache, note)
         self._tokenizer, self._model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
         self._shape = checkpoint.shape("float32")
-        self._ids = self._text("brown", "calibration", options.calibration, options.length)
-        self._judged = {name: self._text(name, "development", options.sequences, options.length) for name in CORPORA}
+        self._ids = self._text(options.text, "calibration", options.calibration, options.length)
+        self._judged = {name: self._text([name], "development", options.sequences, options.length) for name in CORPORA}
         self._held = dict[bytes, list[LayerKV]]()
         self._prefill = PrefillKV(self._model, tuple(range(self._shape.num_blocks)))
 
@@ -164,7 +168,7 @@ class _Bench:
         section = HealingSection(
             decode_steps=options.steps, learning_rate=options.rate, sweep=(1.0,), batch=BATCH, seed=options.seed
         )
-        ids = self._text("brown", "calibration", options.trained, options.read)
+        ids = self._text(options.text, "calibration", options.trained, options.read)
         state = StateFile(file.with_suffix(".state"), f"{commit()}, {vars(options)}")
         healed = heal(pair, "decode", ids, section, self._note, file=state, clock=time.process_time)
         file.with_suffix(".state").unlink(missing_ok=True)
@@ -196,9 +200,9 @@ class _Bench:
             losses.append(-reader.runner.logprobs(reader.hidden(part)[:, :-1], part[:, prompt + 1 :]).double().mean(1))
         return [round(x, 6) for x in torch.cat(losses).tolist()]
 
-    def _text(self, corpus: str, split: Split, count: int, length: int) -> Tensor:
-        documents = registry.load(corpus, self._cache, self._note).split(split)
-        return sequences(documents, self._tokenizer, count, length, self._options.seed)
+    def _text(self, corpora: list[str], split: Split, count: int, length: int) -> Tensor:
+        parts = [(registry.load(name, self._cache, self._note).split(split), 1.0) for name in corpora]
+        return mixed(parts, self._tokenizer, count, length, self._options.seed)
 
 
 if __name__ == "__main__":
