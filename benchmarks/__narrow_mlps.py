@@ -39,8 +39,8 @@ class NarrowPair(StagePair):
 
 @torch.no_grad()
 def narrow(
-    pair: NarrowPair, width: int, choice: str, refits: bool, ids: Tensor, note: Callable[[str], None]
-) -> NarrowPair:
+    pair: StagePair, width: int, choice: str, refits: bool, ids: Tensor, note: Callable[[str], None]
+) -> StagePair:
     """`pair` with decode's MLPs `width` channels wide, chosen on text `ids`, int64 `[S, T]`, half of it prompt.
 
     Block by block, each on what the narrower blocks before it give, towards the dense model's hidden state where the

@@ -31,6 +31,7 @@ from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.pruning.compensation import FitRules, get_compensation
 from pdtrim_deploy.pruning.healing import StateFile, heal
 from pdtrim_deploy.pruning.healing.stage_reader import PrefillKV, PromptKV, StageReader
+from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stage_search import SearchInputs
@@ -143,11 +144,11 @@ class _Bench:
 
     def _pair(
         self, blocks: int = 0, width: int = 0, choice: str = "error", treatment: str = "refitted"
-    ) -> tuple[NarrowPair, dict[str, Any] | None]:
+    ) -> tuple[StagePair, dict[str, Any] | None]:
         """Without training: what least squares change is read where it was made before."""
         options, removed = self._options, self._removed(blocks)
         actions = Solution.of(removed).actions(self._shape.num_blocks)
-        pair = NarrowPair(
+        pair: StagePair = NarrowPair(
             self._model, PDPlan.uncut(self._shape, Solution.of(()).actions(self._shape.num_blocks), actions)
         )
         if treatment == "none" and not width:
@@ -155,7 +156,7 @@ class _Bench:
         file = PLACE / f"{blocks}-{width}-{choice}-{treatment == 'none'}.safetensors"
         if not file.exists():
             if width:
-                made = narrow(pair, width, choice, treatment != "none", self._ids, self._note)
+                made: StagePair = narrow(pair, width, choice, treatment != "none", self._ids, self._note)
             else:
                 rules = FitRules(prompt_share=options.share)
                 made = get_compensation("least-squares", rules).compensate(pair, "decode", self._ids, self._note)
@@ -184,7 +185,7 @@ class _Bench:
         return choice.removed[:blocks]
 
     @torch.no_grad()
-    def _losses(self, pair: NarrowPair, ids: Tensor) -> list[float]:
+    def _losses(self, pair: StagePair, ids: Tensor) -> list[float]:
         prompt, losses = self._options.prompt, list[Tensor]()
         sources = [source for source in pair.plan.kv_sources if source is not None]
 
