@@ -46,24 +46,17 @@ CASES: dict[str, dict[str, Any]] = {
     "width 1126": {"width": 1126},
     "8 blocks": {"blocks": 8},
     "width 1024": {"width": 1024},
-    "9 blocks": {"blocks": 9},
     "width 896": {"width": 896},
-    "6 blocks, not refitted": {"blocks": 6, "treatment": "none"},
-    "width 1126, by energy, not refitted": {"width": 1126, "choice": "energy", "treatment": "none"},
-    "width 1126, by energy": {"width": 1126, "choice": "energy"},
-    "width 1152": {"width": 1152},
-    "2 blocks, width 1280": {"blocks": 2, "width": 1280},
     "6 blocks, trained": {"blocks": 6, "treatment": "trained"},
     "width 1126, trained": {"width": 1126, "treatment": "trained"},
-    "8 blocks, trained": {"blocks": 8, "treatment": "trained"},
-    "width 1024, trained": {"width": 1024, "treatment": "trained"},
 }
 """What decode loses: blocks, channels (a `width` is what stays of 1536), and what is done then."""
+TEXTS = {"Brown": ("brown",), "Brown and code": ("brown", "code")}
+"""Corpora in equal parts, of their calibration splits."""
 CORPORA = ("brown", "code")
 PLACE = HERE.parent / "out" / "bench-width"
 BATCH = 4
-_TEXT = (
-    "text",
+_OPTIONS = (
     "calibration",
     "sequences",
     "length",
@@ -81,9 +74,7 @@ _TEXT = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=CASES, metavar="CASE")
-    parser.add_argument(
-        "--text", nargs="+", default=["brown", "code"], help="corpora that choose, fit and train, in turn"
-    )
+    parser.add_argument("--texts", nargs="+", default=[*TEXTS], choices=TEXTS, help="that choose, fit and train")
     parser.add_argument("--calibration", type=int, default=16, help="sequences that least squares and channels are of")
     parser.add_argument("--searched", type=int, default=4, help="of them, for the search of blocks")
     parser.add_argument(
@@ -94,7 +85,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of its prompt, where it is judged")
     parser.add_argument("--trained", type=int, default=128, help="sequences that training reads")
     parser.add_argument("--read", type=int, default=256, help="tokens of each of these; half is prompt")
-    parser.add_argument("--steps", type=int, default=32, help="of training")
+    parser.add_argument("--steps", type=int, default=24, help="of training")
     parser.add_argument("--rate", type=float, default=1e-4, help="of learning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -103,26 +94,29 @@ def main() -> None:
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
-    log, bench = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _TEXT]), None
-    for name in options.cases:
-        if log.find(case=name) is None:
-            bench = bench or _Bench(options, note)
-            log.append(bench.row(name))
-    rows = [row for name in CASES if (row := log.find(case=name))]
-    options.cases = [row["case"] for row in rows]
+    log = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _OPTIONS])
+    for text in options.texts:
+        missing = [name for name in options.cases if log.find(text=text, case=name) is None]
+        if missing:
+            bench = _Bench(options, text, note)
+            for name in missing:
+                log.append(bench.row(name))
+    rows = [row for text in TEXTS for name in CASES if (row := log.find(text=text, case=name))]
+    options.texts, options.cases = [*TEXTS], [*dict.fromkeys(row["case"] for row in rows)]
     write("width", options, rows)
 
 
 class _Bench:
     """The dense model, and the text that chooses, fits, trains and judges."""
 
-    def __init__(self, options: argparse.Namespace, note: Callable[[str], None]) -> None:
+    def __init__(self, options: argparse.Namespace, text: str, note: Callable[[str], None]) -> None:
+        self._text_name, self._place = text, PLACE / text.replace(" ", "-")
         self._cache, self._options, self._note = Cache.default(), options, note
         checkpoint = resolve(DEFAULT_SOURCE, self._cache, note)
         self._tokenizer, self._model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
         self._shape = checkpoint.shape("float32")
-        self._ids = self._text(options.text, "calibration", options.calibration, options.length)
-        self._judged = {name: self._text([name], "development", options.sequences, options.length) for name in CORPORA}
+        self._ids = self._text(TEXTS[text], "calibration", options.calibration, options.length)
+        self._judged = {name: self._text((name,), "development", options.sequences, options.length) for name in CORPORA}
         self._held = dict[bytes, list[LayerKV]]()
         self._prefill = PrefillKV(self._model, tuple(range(self._shape.num_blocks)))
 
@@ -131,6 +125,7 @@ class _Bench:
         case, began = CASES[name], time.process_time()
         pair, report = self._pair(**case)
         row = {
+            "text": self._text_name,
             "case": name,
             **case,
             "removed": sorted(set(range(self._shape.num_blocks)) - {*pair.plan.layers("decode")}),
@@ -153,7 +148,7 @@ class _Bench:
         )
         if treatment == "none" and not width:
             return pair, None
-        file = PLACE / f"{blocks}-{width}-{choice}-{treatment == 'none'}.safetensors"
+        file = self._place / f"{blocks}-{width}-{choice}-{treatment == 'none'}.safetensors"
         if not file.exists():
             if width:
                 made: StagePair = narrow(pair, width, choice, treatment != "none", self._ids, self._note)
@@ -169,7 +164,7 @@ class _Bench:
         section = HealingSection(
             decode_steps=options.steps, learning_rate=options.rate, sweep=(1.0,), batch=BATCH, seed=options.seed
         )
-        ids = self._text(options.text, "calibration", options.trained, options.read)
+        ids = self._text(TEXTS[self._text_name], "calibration", options.trained, options.read)
         state = StateFile(file.with_suffix(".state"), f"{commit()}, {vars(options)}")
         healed = heal(pair, "decode", ids, section, self._note, file=state, clock=time.process_time)
         file.with_suffix(".state").unlink(missing_ok=True)
@@ -180,7 +175,7 @@ class _Bench:
         most = max(case.get("blocks", 0) for case in CASES.values())
         if not blocks:
             return ()
-        inputs = SearchInputs(self._model, self._ids[: self._options.searched], Greedy(), folder=PLACE / "search")
+        inputs = SearchInputs(self._model, self._ids[: self._options.searched], Greedy(), folder=self._place / "search")
         choice = choose_stages(inputs, 0, most, self._options.prompt, self._note).decode
         return choice.removed[:blocks]
 
@@ -201,7 +196,7 @@ class _Bench:
             losses.append(-reader.runner.logprobs(reader.hidden(part)[:, :-1], part[:, prompt + 1 :]).double().mean(1))
         return [round(x, 6) for x in torch.cat(losses).tolist()]
 
-    def _text(self, corpora: list[str], split: Split, count: int, length: int) -> Tensor:
+    def _text(self, corpora: tuple[str, ...], split: Split, count: int, length: int) -> Tensor:
         parts = [(registry.load(name, self._cache, self._note).split(split), 1.0) for name in corpora]
         return mixed(parts, self._tokenizer, count, length, self._options.seed)
 
