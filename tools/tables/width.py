@@ -18,7 +18,7 @@ def width(data: dict[str, Any] | None) -> str:
     rows = data["rows"]
     dense = next(row for row in rows if row["case"] == "dense")
     lines = []
-    for row in (row for row in rows if row is not dense):
+    for row in (row for row in rows if row["case"] != "dense"):
         blocks = next((other for other in rows if row.get("width") and _pairs(row, other)), None)
         against = [_difference(row[corpus], blocks[corpus]) if blocks else "" for corpus in CORPORA]
         share = f"{row['parameters'] / dense['parameters']:.3f}"
