@@ -151,12 +151,12 @@ class _Bench:
         file = self._place / f"{blocks}-{width}-{choice}-{treatment == 'none'}.safetensors"
         if not file.exists():
             if width:
-                made: StagePair = narrow(pair, width, choice, treatment != "none", self._ids, self._note)
+                fitted: StagePair = narrow(pair, width, choice, treatment != "none", self._ids, self._note)
             else:
                 rules = FitRules(prompt_share=options.share)
-                made = get_compensation("least-squares", rules).compensate(pair, "decode", self._ids, self._note)
+                fitted = get_compensation("least-squares", rules).compensate(pair, "decode", self._ids, self._note)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_blocks(made.changed["decode"], file.with_suffix(".part"))
+            save_blocks(fitted.changed["decode"], file.with_suffix(".part"))
             file.with_suffix(".part").rename(file)
         pair = pair.with_changes("decode", read_blocks(file))
         if treatment != "trained":
