@@ -25,6 +25,7 @@ from tables import (
     searchtime,
     serving,
     shares,
+    width,
 )
 
 
@@ -66,6 +67,7 @@ TABLES = {
     "objective": Table(("objective",), objective.objective),
     "mixture": Table(("mixture",), mixture.mixture, optional=True),
     "racing": Table(("racing",), racing.racing, optional=True),
+    "width": Table(("width",), width.width, optional=True),
     "heal": Table(("heal",), heal.heal, optional=True),
     "build": Table(("build",), build.build, optional=True),
     "searchtime": Table(("searchtime",), searchtime.searchtime, optional=True),
