@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -127,10 +128,13 @@ def shared_pairs(preloading, tmp_path_factory):
     """All shared pairs of this process (shared_pairs.py)."""
 
     @contextlib.contextmanager
-    def start(prefill, decode, start_timeout_s=420.0, **options):
+    def start(prefill, decode, start_timeout_s=420.0, staging_bytes=None, **options):
         spec = ClusterSpec.on_loopback(
             prefill, decode, options=WorkerOptions(**options), start_timeout_s=start_timeout_s
         )
+        if staging_bytes is not None:
+            transport = {"staging_bytes": staging_bytes}
+            spec = replace(spec, workers=tuple(replace(worker, transport=transport) for worker in spec.workers))
         with Cluster(spec, ServeEnvironment.find(), tmp_path_factory.mktemp("logs")) as cluster:
             yield cluster
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,5 +146,6 @@ def built(recipe: Path, folder: Path, *limits: str, cache: Path | None = None) -
     command = [sys.executable, BUILD, recipe, folder / "out", cache or folder / "cache", *limits]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    shutil.rmtree(folder / "out")  # gigabytes, which the system need not write to the disk
     peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return peaks
