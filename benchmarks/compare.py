@@ -5,7 +5,8 @@ Two parts, each of two groups, which three pairs at a time fit into 16 GB:
 
 decode: short prompts, long answers, many at once, so that model compute dominates. Predicted from the weights that a
 request passes through: blocks by stage, and the LM head, which no pruning takes away. A pair with fewer blocks removed
-tells how a step's time falls with blocks: what a line through the three leaves at no block is no block's time.
+tells how a step's time falls with blocks: what a line through the three leaves at no block is no block's time. KV of
+such prompts is not cut, so the pair "KV" shows what two equal pairs differ by.
 transfer: long prompts, one at a time, KV over a relay on loopback that lets 100 Mb/s through. Predicted: the bytes.
 
 Which blocks go makes no difference to speed: they are chosen by cosine, and nothing here is about quality.
@@ -116,11 +117,13 @@ def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict
             rows += [row("decode", name, figure, value, rounds, busy) for figure, value in predicted.items()]
     if HALF not in bundles:
         return rows
-    kept = [len(bundles[name].plan.decode_layers) for name in (DENSE, HALF, "blocks")]
-    times = [rounds.total[name].itl_ms.p50 or 0.0 for name in (DENSE, HALF, "blocks")]
-    slope, outside = linear_regression(kept, times)
-    line = {"blocks": kept, "itl_ms": times, "block_ms": slope, "outside_blocks_ms": outside}
-    return [*rows, {"part": "step", "head_of_weights": dense.head / (dense.decode + dense.head)} | line]
+    pairs = (DENSE, HALF, "blocks")
+    kept = [len(bundles[name].plan.decode_layers) for name in pairs]
+    steps = zip(*([result.itl_ms.p50 or 0.0 for result in rounds.by_round[name]] for name in pairs), strict=True)
+    lines = [(times[0], *linear_regression(kept, times)) for times in steps]
+    line = {"part": "step", "blocks": kept, "head_of_weights": dense.head / (dense.decode + dense.head)}
+    line |= {"itl_ms": [rounds.total[name].itl_ms.p50 for name in pairs]}
+    return [*rows, line | {"outside_blocks": [outside / whole for whole, _, outside in lines]}]
 
 
 def transfer(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -154,7 +157,7 @@ def measured(
             )
             cluster = stack.enter_context(throttled(starting, link) if link else starting)
             sides[name] = Side(cluster.url, Workers.of(cluster))
-        time.sleep(60)  # of the load average over a minute nothing is left of the start
+        time.sleep(60)  # of the start, a third is left in the load average over a minute
         busy = round(os.getloadavg()[0], 1)
         rounds = interleave(sides, repeats(load, options.rounds), driver("builtin"), "builtin", print)
     if failed := {name: result.failure_details for name, result in rounds.total.items() if result.failed}:

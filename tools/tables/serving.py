@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from statistics import median
+from math import sqrt
+from statistics import fmean, median, stdev
 from typing import Any
 
 from tables.base import SMOLLM2, ratio, table, where
@@ -45,15 +46,16 @@ def compare(data: dict[str, Any]) -> str:
     caption = (
         f"blocks: {options['prefill_blocks']} of 30 removed from prefill and {options['decode_blocks']} from decode; "
         f"KV: the first 4 and last 128 rows travel; transfer time, TTFT and E2E of {options['prompt']}-token prompts "
-        f"over a relay of {options['link']} on loopback, ITL and tokens/s of {options['batch']} requests at once"
+        f"over a relay of {options['link']} on loopback; ITL and tokens/s of {options['batch']} requests at once of "
+        "8-token prompts, of which nothing is cut; rows of blocks, and those of KV and both, had servers of their own"
     )
     head = ("what is pruned", "over dense", "predicted by weights or bytes", "median round (least-most)",
             "geometric mean (95% interval)", "load average")  # fmt: skip
     lines = [
         f"With {' / '.join(map(str, row['blocks']))} blocks a decode step took "
-        f"{' / '.join(f'{ms:.1f}' for ms in row['itl_ms'])} ms: {row['block_ms']:.2f} ms a block, and outside blocks "
-        f"{row['outside_blocks_ms'] / row['itl_ms'][0]:.0%} of a dense step, where the LM head has "
-        f"{row['head_of_weights']:.0%} of the weights."
+        f"{' / '.join(f'{ms:.1f}' for ms in row['itl_ms'])} ms. By a line through the three of each round, "
+        f"{fmean(row['outside_blocks']):.0%} ± {stdev(row['outside_blocks']) / sqrt(len(row['outside_blocks'])):.0%} "
+        f"of a dense step lie outside blocks, where the LM head has {row['head_of_weights']:.0%} of the weights."
         for row in data["rows"]
         if row["part"] == "step"
     ]
