@@ -1,12 +1,11 @@
 """Blocks removed, KV cut, and both, against dense in interleaved rounds -> results/compare.json. `make bench-compare`.
 
-Pairs of a group, dense among them, are up at once and take the same load in turns, on a machine that does nothing else.
-Two parts, each of two groups, which three pairs at a time fit into 16 GB:
+The pairs of a part, dense among them, are up at once and take the same load in turns, on a machine that does nothing
+else; four of them take 16 GB. Two parts, each with servers of its own:
 
 decode: short prompts, long answers, many at once, so that model compute dominates. Predicted from the weights that a
 request passes through: blocks by stage, and the LM head, which no pruning takes away. A pair with fewer blocks removed
-tells how a step's time falls with blocks: what a line through the three leaves at no block is no block's time. KV of
-such prompts is not cut, so the pair "KV" shows what two equal pairs differ by.
+tells how a step's time falls with blocks: what a line through the three leaves at no block is no block's time.
 transfer: long prompts, one at a time, KV over a relay on loopback that lets 100 Mb/s through. Predicted: the bytes.
 
 Which blocks go makes no difference to speed: they are chosen by cosine, and nothing here is about quality.
@@ -38,8 +37,8 @@ from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-compare"
 DENSE, HALF = "dense", "half of the blocks"
-PARTS = {"decode": ((HALF, "blocks"), ("KV", "both")), "transfer": (("blocks",), ("KV", "both"))}
-"""The groups of each part, without dense; HALF has half as many blocks removed as "blocks" and "both"."""
+PARTS = {"decode": (DENSE, HALF, "blocks"), "transfer": (DENSE, "blocks", "KV", "both")}
+"""The pairs of each part; HALF has half as many blocks removed as "blocks" and "both"."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,11 @@ class Weights:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument(
-        "--rounds", type=int, default=12, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written"
-    )
+    parser.add_argument("--rounds", type=int, default=6, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written")
     parser.add_argument("--prefill-blocks", type=int, default=2, help="removed")
     parser.add_argument("--decode-blocks", type=int, default=8, help="removed")
     parser.add_argument("--batch", type=int, default=8, help="of part decode")
-    parser.add_argument("--answer", type=int, default=96, help="tokens, of part decode")
+    parser.add_argument("--answer", type=int, default=64, help="tokens, of part decode")
     parser.add_argument("--prompt", type=int, default=768, help="tokens, of part transfer")
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
@@ -78,10 +75,7 @@ def main() -> None:
     bundles = {name: bundle_of(name, options) for name in (DENSE, HALF, "blocks", "KV", "both")}
     measure = {"decode": decode, "transfer": transfer}
     rows = [
-        row
-        for part in options.parts
-        for group in PARTS[part]
-        for row in measure[part]({name: bundles[name] for name in (DENSE, *group)}, options)
+        row for part in options.parts for row in measure[part]({name: bundles[name] for name in PARTS[part]}, options)
     ]
     for row in rows:
         print(row)
@@ -103,7 +97,7 @@ def bundle_of(name: str, options: argparse.Namespace) -> Bundle:
 
 
 def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """ITL and output tokens a second; of the group with HALF also what of a step is no block's."""
+    """ITL and output tokens a second, and what part of a step is no block's."""
     prompt = 8
     load = Scenario.closed(options.batch, options.batch, (prompt,) * 2, (options.answer,) * 2, seed=options.seed)
     rounds, busy = measured(bundles, load, options, None)
@@ -115,14 +109,11 @@ def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict
             whole = pair.request(prompt, options.answer) / dense.request(prompt, options.answer)
             predicted = {"ITL p50": step, "output tokens/s": 1 / whole}
             rows += [row("decode", name, figure, value, rounds, busy) for figure, value in predicted.items()]
-    if HALF not in bundles:
-        return rows
-    pairs = (DENSE, HALF, "blocks")
-    kept = [len(bundles[name].plan.decode_layers) for name in pairs]
-    steps = zip(*([result.itl_ms.p50 or 0.0 for result in rounds.by_round[name]] for name in pairs), strict=True)
+    kept = [len(bundle.plan.decode_layers) for bundle in bundles.values()]
+    steps = zip(*([result.itl_ms.p50 or 0.0 for result in rounds.by_round[name]] for name in bundles), strict=True)
     lines = [(times[0], *linear_regression(kept, times)) for times in steps]
     line = {"part": "step", "blocks": kept, "head_of_weights": dense.head / (dense.decode + dense.head)}
-    line |= {"itl_ms": [rounds.total[name].itl_ms.p50 for name in pairs]}
+    line |= {"itl_ms": [rounds.total[name].itl_ms.p50 for name in bundles]}
     return [*rows, line | {"outside_blocks": [outside / whole for whole, _, outside in lines]}]
 
 

@@ -46,8 +46,7 @@ def compare(data: dict[str, Any]) -> str:
     caption = (
         f"blocks: {options['prefill_blocks']} of 30 removed from prefill and {options['decode_blocks']} from decode; "
         f"KV: the first 4 and last 128 rows travel; transfer time, TTFT and E2E of {options['prompt']}-token prompts "
-        f"over a relay of {options['link']} on loopback; ITL and tokens/s of {options['batch']} requests at once of "
-        "8-token prompts, of which nothing is cut; rows of blocks, and those of KV and both, had servers of their own"
+        f"over a relay of {options['link']} on loopback; ITL and tokens/s of {options['batch']} requests at once"
     )
     head = ("what is pruned", "over dense", "predicted by weights or bytes", "median round (least-most)",
             "geometric mean (95% interval)", "load average")  # fmt: skip
