@@ -361,4 +361,4 @@ def test_the_main_process_imports_nothing_heavy() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "memory to build" in done.stdout
-    assert "seconds are not known here: torch is not installed" in done.stdout
+    assert "time of operations is not known here: torch is not installed" in done.stdout
