@@ -23,6 +23,7 @@ from pdtrim_deploy.bundle.manifest import (
     UNSEALED,
     Entry,
     Manifest,
+    hashing,
     read_seal,
     walk,
 )
@@ -133,7 +134,7 @@ class Bundle:
             elif (digest := file_sha256(file)) != entry.sha256:
                 problems.append(f"{name} has SHA-256 {digest}, the manifest says {entry.sha256}")
             hashed += entry.size
-            note(f"hashing: {hashed / 1e6:,.0f} of {size / 1e6:,.0f} MB")
+            note(hashing(hashed, size))
         extra = sorted(n for n in present if n not in UNSEALED and not n.startswith(f"{REPORTS}/"))
         return problems + [f"{name} is not in the manifest" for name in extra]
 

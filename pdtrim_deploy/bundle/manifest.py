@@ -107,10 +107,16 @@ def entries(
     }
     sizes, hashed, done = {name: file.stat().st_size for name, file in sealed.items()}, dict[str, Entry](), 0
     for name, file in sealed.items():
-        note(f"hashing: {done / 1e6:,.0f} of {sum(sizes.values()) / 1e6:,.0f} MB")
+        note(hashing(done, sum(sizes.values())))
         hashed[name] = Entry(size=sizes[name], sha256=file_sha256(file))
         done += sizes[name]
     return hashed
+
+
+def hashing(done: int, size: int) -> str:
+    """How far it is, in bytes, for a reader."""
+    digits = 0 if size >= 10**7 else 1
+    return f"hashing: {done / 1e6:,.{digits}f} of {size / 1e6:,.{digits}f} MB"
 
 
 def walk(path: Path) -> Iterator[Path]:

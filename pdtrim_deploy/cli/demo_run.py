@@ -20,6 +20,7 @@ from pdtrim_deploy.loadtest.rounds import Rounds, Side, interleave, shares
 from pdtrim_deploy.loadtest.scenario import Lengths
 from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import ON_CPU
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.pipeline.model_card import refresh_cards
 from pdtrim_deploy.plan import STAGES
@@ -163,9 +164,11 @@ class Demo:
     def _fidelity(self, bundle: Bundle, cluster: Cluster) -> FidelityFigures:
         from pdtrim_deploy.evaluation.fidelity import run_fidelity
 
+        compute = ON_CPU.fast(bundle.plan.model.kv_dtype)
         with self.show("fidelity of the served pair"):
-            result = run_fidelity(bundle, cluster.url, self.cache, NEW_TOKENS, progress=self.note)
+            result = run_fidelity(bundle, cluster.url, self.cache, NEW_TOKENS, progress=self.note, compute=compute)
         provenance = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
+        provenance |= {"device": compute.names, "computed_in": compute.dtype}
         write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(result.to_json() | provenance, indent=2) + "\n")
         return FidelityFigures(
             requests=result.requests,

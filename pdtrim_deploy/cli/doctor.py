@@ -38,8 +38,8 @@ def doctor(
 
     With RECIPE, also check whether memory and disk suffice, and estimate what each step of the build takes. Its time is
     that of its operations at the rate of plain matrix products of this machine, measured in a second; of a --device
-    that is not here memory alone is estimated. A status in brackets belongs to something optional. Exit code 0 when the
-    job can run, 1 when not.
+    that is not here memory, disk, and time of files alone are estimated. A status in brackets belongs to something
+    optional. Exit code 0 when the job can run, 1 when not.
 
     \b
     Examples:

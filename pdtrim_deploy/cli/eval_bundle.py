@@ -52,12 +52,12 @@ def evaluate_bundle(
     section = {"corpus": corpus, "sequences": sequences, "seed": seed}
     overrides = {key: value for key, value in section.items() if value is not None}
     evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
-    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute))
+    dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
+    compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
+    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute, judged_in=compute.dtype))
     names, harness = ([], None) if tasks is None else _tasks(tasks, include_path, items, hand_over)
     if harness is None and (include_path is not None or hand_over is not None):
         raise UserError("--include-path and --hand-over are for tasks of lm-eval; give --tasks lm_eval:NAME too")
-    dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
-    compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
     path = options.writable(opened.reports_dir / ("eval.json" if tasks is None else "tasks.json"))
     for checkpoint in opened.checkpoints:
         options.writable(checkpoint / CARD)

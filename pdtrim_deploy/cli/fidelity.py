@@ -78,7 +78,7 @@ def fidelity(
         at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}
         dry_runs.say(planned | at, as_json)
         return
-    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute))
+    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute, judged_in=compute.dtype))
     from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
 
     def say(sentence: str) -> None:

@@ -63,21 +63,27 @@ class Progress:
 
     @contextmanager
     def _logged(self) -> Iterator[None]:
-        """Meanwhile what our parts log that know no progress, such as compilers, are notes; warnings stay."""
+        """Meanwhile what our parts log that know no progress, such as compilers, are notes; warnings stay.
 
-        class Heard(logging.Handler):
+        With `-v` all of it is printed anyway.
+        """
+        if logging.getLogger().isEnabledFor(logging.INFO):
+            yield
+            return
+
+        class NoteHandler(logging.Handler):
             def emit(_, record: logging.LogRecord) -> None:
                 text = record.getMessage()
                 self._print(escape(text)) if record.levelno >= logging.WARNING else self.note(text)
 
-        heard, logger = Heard(), logging.getLogger("pdtrim_deploy")
+        handler, logger = NoteHandler(), logging.getLogger("pdtrim_deploy")
         level = logger.level
-        logger.addHandler(heard)
+        logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         try:
             yield
         finally:
-            logger.removeHandler(heard)
+            logger.removeHandler(handler)
             logger.setLevel(level)
 
     def _print(self, text: str) -> None:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_COUNT = re.compile(r"(\d[\d,]*)(?:/| of )(\d[\d,]*)(?![\d.])")
+from pdtrim_deploy.local.duration import duration
+
+_COUNT = re.compile(r"(\d[\d,]*)(?:/| of )(\d[\d,]*)(?![\d.])( MB\b)?")
 
 
 @dataclass
@@ -19,7 +21,7 @@ class _Start:
 
 
 class TimeLeft:
-    """Reads lines of progress; counts of the same thing differ in their numbers alone."""
+    """Reads lines of progress; counts of the same thing differ in numbers, and in what is behind a comma."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._start = clock, _Start("", 0, 0.0, 0)
@@ -32,8 +34,10 @@ class TimeLeft:
         counts = list(_COUNT.finditer(line))
         if not counts or line.endswith(" left"):
             return line
-        done, total = (int(number.replace(",", "")) for number in counts[-1].groups())
-        label, now = re.sub(r"\d[\d.,]*", "#", line) + f" {total}", self._clock()
+        last, end = counts[-1], counts[-1].end()
+        done, total = (int(number.replace(",", "")) for number in last.groups()[:2])
+        counted, now = line[:end] + line[end:].partition(",")[0], self._clock()
+        label = re.sub(r"\d[\d.,]*", "#", counted) + f" {total}"
         if label != self._start.label or done < self._start.last:  # other work, or the same from its beginning
             self._start = _Start(label, done, now, done)
             return line
@@ -42,12 +46,6 @@ class TimeLeft:
         if not ran or seconds <= 0 or done > total:
             return line
         rate = ran / seconds
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        return f"{line} ({speed}, {_duration((total - done) / rate)} left)"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+        unit = last[3] or ""
+        speed = f"{rate:.1f}{unit}/s" if unit or rate >= 1 else f"{1 / rate:.1f} s each"
+        return f"{line} ({speed}, {duration((total - done) / rate)} left)"

@@ -1,4 +1,7 @@
-"""What this machine can build and serve, and the command that adds what is missing. Imports no torch."""
+"""What this machine can build and serve, and the command that adds what is missing.
+
+Imports torch only to measure its rate.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ class CheckContext:
         deep: load the plugin into SGLang for real.
         workers: Ray workers on this machine that search, each with its own copy of the model; 0: this process.
         compute: where the job computes, and in how much memory.
+        judged_in: dtype that the job judges in, where the command chose it; None: the recipe's.
         priced: say what each step of the build takes; a second or two, for how fast the device is.
 
     """
@@ -53,6 +54,7 @@ class CheckContext:
     deep: bool = False
     workers: int = 0
     compute: Compute = ON_CPU
+    judged_in: str | None = None
     priced: bool = False
 
 

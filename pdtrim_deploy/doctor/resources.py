@@ -53,11 +53,12 @@ class Needs:
     config: Mapping[str, Any]
 
 
-def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU) -> Needs | None:
+def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU, judged_in: str | None = None) -> Needs | None:
     """The needs of `recipe`; None if the model's config.json is neither on this machine nor shipped.
 
     Memory to build is that of its highest step (`pipeline.step_costs`), and the search's once more in each of Ray's
-    `workers`. Disk: both stages as they are stored, the engines, and a converted source (gguf, pypi).
+    `workers`; memory to judge that of models in `judged_in`, None: in the dtype that `eval` takes by itself. Disk: both
+    stages as they are stored, the engines, and a converted source (gguf, pypi).
 
     Raises:
         UserError: it does not fit into the memory that `compute` allows.
@@ -71,10 +72,10 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU) -> Needs 
     costs, sizes = step_costs(recipe, config, compute, workers), ModelSizes.of(config)
     kept = sum(cost.disk for name, cost in costs.items() if name not in _WHILE_IT_RUNS)
     passing = costs["source"].disk + max(cost.disk for name, cost in costs.items() if name in _WHILE_IT_RUNS)
-    computed = compute_dtype(recipe.model.dtype)
+    judged_in = judged_in or recipe.model.compute_dtype or compute_dtype(recipe.model.dtype)
     return Needs(
         build=highest(costs).host,
-        judge=PROGRAM + 2 * sizes.total * ITEM_BYTES[computed],  # both stages, or the dense model
+        judge=PROGRAM + 2 * sizes.total * ITEM_BYTES[judged_in],  # both stages, or the dense model
         serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype).total(),
         device=highest(costs).device,
         disk=max(kept, passing),
@@ -95,7 +96,9 @@ class Memory:
         total, free = memory()
         yield Finding(group="machine", name="memory", status="ok", detail=f"{gb(total)}, {gb(free)} of it free")
         try:
-            estimate = needs(context.recipe, context.workers, context.compute) if context.recipe else None
+            estimate = (
+                needs(context.recipe, context.workers, context.compute, context.judged_in) if context.recipe else None
+            )
         except UserError as error:
             yield Finding(
                 group="recipe",

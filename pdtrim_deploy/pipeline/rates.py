@@ -7,6 +7,7 @@ activations take time but count no operations, and nobody knows how long fetchin
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Rates:
         times = {name: self.seconds(cost) for name, cost in costs.items()}
         known = [seconds for seconds in times.values() if seconds is not None]
         if self.products is None:
-            return f"seconds are not known here: {self.basis}"
+            return f"time of operations is not known here: {self.basis}"
         unknown = dict.fromkeys(name.partition("/")[0] for name, seconds in times.items() if seconds is None)
         but = f" without {' and '.join(unknown)}" if unknown else ""
         return f"about {duration(sum(known))} in all{but}, an estimate: operations at {self.basis}"
@@ -66,17 +67,20 @@ def measure(recipe: Recipe, config: Mapping[str, Any], compute: Compute) -> Rate
     tokens = recipe.calibration.length
     rows = tokens if sizes.expert_tokens == 1 else max(1, round(8 * tokens * sizes.expert_tokens))
     if lack := compute.lack:
-        return Rates(None, _hash_rate(), f"{lack}; run this where it is")
+        return Rates(None, _hash_rate(), f"{lack}; run this on the machine with that GPU")
     try:
         products = _product_rate(rows, sizes.hidden, sizes.expert_width, device, dtype)
     except ImportError:
         return Rates(None, _hash_rate(), "torch is not installed")
+    except RuntimeError as error:  # no memory left on a GPU, or no kernels for it
+        reason = re.split(r"\. |\n", str(error))[0]
+        return Rates(None, _hash_rate(), f"{device} computes nothing now ({reason})")
     speed = f"{products / 1e12:,.1f} TFLOP/s" if products >= 1e12 else f"{products / 1e9:,.1f} GFLOP/s"
     return Rates(products, _hash_rate(), f"{speed}, the rate of plain {dtype} matrix products on {device} just now")
 
 
 def _product_rate(rows: int, hidden: int, inner: int, device: str = "cpu", dtype: str = "float32") -> float:
-    """Operations a second of `[rows, hidden] x [hidden, inner]`, or of a part of it that takes a second at most."""
+    """Operations a second of `[rows, hidden] x [hidden, inner]`, or of a part of it whose product is quick."""
     import torch
 
     rows, hidden, inner = min(rows, MOST_ROWS), min(hidden, MOST_WIDTH), min(inner, MOST_WIDTH)
@@ -84,14 +88,19 @@ def _product_rate(rows: int, hidden: int, inner: int, device: str = "cpu", dtype
     left, right = (
         torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((rows, hidden), (hidden, inner))
     )
-    float((left[:32] @ right)[0, 0])
+    part = left[:32]
+    float((part @ right)[0, 0])  # whatever a first product makes ready
+    began = time.perf_counter()
+    float((part @ right)[0, 0])
+    most_rows = int(_MEASURED * len(part) / (time.perf_counter() - began))
+    left = left[: max(1, most_rows)]
     began, times = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < _MEASURED:
         for _ in range(together):
             out = left @ right
         float(out[0, 0])
         times += together
-    return 2 * rows * hidden * inner * times / spent
+    return 2 * len(left) * hidden * inner * times / spent
 
 
 def _hash_rate() -> float:

@@ -112,9 +112,9 @@ class _Costs:
         students = 4 * sizes.block * self.item if recipe.pruning.distil and self._streams else 0
         computing = self._weights() + kept + students + self._running(min(8, text.sequences), text.length)
         host = teacher + self.workers * (PROGRAM + cost.memory)
-        looked = 0 if recipe.pruning.distil else sizes.blocks  # run over the text first, for candidates.json
-        flops = cost.flops + 2.0 * sizes.active * looked * text.sequences * text.length
-        return self._step(computing, host, cost.disk, flops, cost.reads + self._passes(looked))
+        candidate_blocks = 0 if recipe.pruning.distil else sizes.blocks  # run over the text first, for candidates.json
+        flops = cost.flops + 2.0 * sizes.active * candidate_blocks * text.sequences * text.length
+        return self._step(computing, host, cost.disk, flops, cost.reads + self._passes(candidate_blocks))
 
     def _target(self) -> StepCost:
         target, kv, sizes = self.recipe.target, self.recipe.kv, self.sizes

@@ -30,6 +30,16 @@ def test_what_is_logged_inside_a_step_is_a_note_and_a_warning_stays(capsys, capl
     assert [record.message for record in caplog.records] == ["packed by torch", "waiting for g++"]
 
 
+def test_what_verbose_prints_is_no_note_too(capsys, caplog):
+    caplog.set_level(logging.DEBUG)  # of the root logger, as -vv
+    logger = logging.getLogger("pdtrim_deploy.kvcache")
+    with Progress().show("load"):
+        logger.warning("packed by torch")
+        logger.debug("compiled")
+    assert "packed" not in capsys.readouterr().err
+    assert [record.message for record in caplog.records] == ["packed by torch", "compiled"]
+
+
 def test_a_step_that_fails_ends_its_watch(capsys):
     progress = Progress(silence_s=0.05)
     try:

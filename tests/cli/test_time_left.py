@@ -27,8 +27,26 @@ def test_other_work_begins_anew_and_slow_work_has_seconds_each():
         (0, "a: 1 of 9 texts"), (60, "a: 2 of 9 texts"), (61, "b: 1 of 9 texts"), (62, "b: 1 of 9 texts"),
         (63, "a: 1 of 9 texts"), (64, "b: 12/9 texts"),
     )  # fmt: skip
-    assert lines[1] == "a: 2 of 9 texts (60.0 s each, 7 min left)"
+    assert lines[1] == "a: 2 of 9 texts (60.0 s each, 7.0 min left)"
     assert lines[2:] == ["b: 1 of 9 texts", "b: 1 of 9 texts", "a: 1 of 9 texts", "b: 12/9 texts"]
+
+
+def test_what_comes_and_goes_behind_the_count_is_no_other_work():
+    lines = lines_of(
+        (0, "decode: least squares, 1/9 blocks"), (2, "decode: least squares, 2/9 blocks, error 0.2, mean 0.1"),
+        (4, "decode: least squares, 3/9 blocks"),
+    )  # fmt: skip
+    assert lines[1:] == [
+        "decode: least squares, 2/9 blocks, error 0.2, mean 0.1 (2.0 s each, 14 s left)",
+        "decode: least squares, 3/9 blocks (2.0 s each, 12 s left)",
+    ]
+
+
+def test_megabytes_have_a_rate_however_slow():
+    lines = lines_of(
+        (0, "m (part 1 of 2): 1 of 90 MB"), (10, "m (part 1 of 2): 3 of 90 MB"), (11, "hashing: 0.3 of 0.8 MB"),
+    )  # fmt: skip
+    assert lines[1:] == ["m (part 1 of 2): 3 of 90 MB (0.2 MB/s, 7.2 min left)", "hashing: 0.3 of 0.8 MB"]
 
 
 def test_the_same_work_once_more_begins_anew():

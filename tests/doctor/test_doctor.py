@@ -291,6 +291,11 @@ def test_what_judging_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     needs = resources.needs(recipe)
     assert needs is not None
     assert needs.judge == pytest.approx(PROGRAM + 2 * 134.5e6 * 4, rel=0.02)
+    halved = recipe.changed("test", "model", compute_dtype="bfloat16")
+    judged = [resources.needs(halved, judged_in=dtype) for dtype in (None, "bfloat16", "float32")]
+    assert [estimate and estimate.judge for estimate in judged] == pytest.approx(
+        [PROGRAM + 2 * 134.5e6 * size for size in (2, 2, 4)], rel=0.02
+    )
     monkeypatch.setattr(resources, "memory", lambda: (10**9, 10**9))
     with pytest.raises(UserError, match="cannot eval: memory to eval: smollm2-demo takes about"):
         require("eval", CheckContext(recipe))
@@ -361,4 +366,4 @@ def test_the_main_process_imports_nothing_heavy() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "memory to build" in done.stdout
-    assert "seconds are not known here: torch is not installed" in done.stdout
+    assert "time of operations is not known here: torch is not installed" in done.stdout

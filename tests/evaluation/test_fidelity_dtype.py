@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tinytext import write_words
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import main
+from pdtrim_deploy.doctor import resources
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.client import Served
@@ -78,6 +80,23 @@ def test_in_float32_the_oracle_rounds_nothing_of_its_own(
         errors[dtype] = result["error"]
     assert errors["bfloat16"]["typical"] < errors["float32"]["typical"] / 10
     assert 0 < errors["float32"]["typical"] < 0.25
+
+
+def test_the_memory_of_the_dtype_is_asked_for(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `eval` too; the machine has enough for 16 bits alone."""
+    estimates = [resources.needs(bundle.recipe, judged_in=dtype) for dtype in ("bfloat16", "float32")]
+    total = sum(int(estimate.judge) for estimate in estimates if estimate is not None) // 2
+    monkeypatch.setattr(resources, "memory", lambda: (total, total))
+    monkeypatch.setattr("pdtrim_deploy.evaluation.fidelity.run_fidelity", lambda *_, **__: sys.exit(7))
+    monkeypatch.setattr("pdtrim_deploy.evaluation.quality.judge_bundle", lambda *_: sys.exit(7))
+    for command in (("fidelity", str(bundle.path), URL), ("eval", str(bundle.path))):
+        for dtype, code in (("bfloat16", 7), ("float32", 2)):
+            with pytest.raises(SystemExit) as ended:
+                main([*command, "--compute-dtype", dtype])
+            assert ended.value.code == code
+            assert ("memory to eval" in capsys.readouterr().err) == (code == 2)
 
 
 @pytest.mark.parametrize("features", [frozenset(), frozenset({"avx512_bf16"})])

