@@ -140,7 +140,7 @@ def test_a_check_that_hangs_ends_at_its_deadline_with_all_it_started(name, statu
     first, hung, last = supervise.run_part(part(name), PYTHON, 30 if status == "failed" else 10)
     assert (first, hung.part, hung.status) == (GOOD, "hang", status)
     if status == "failed":  # its half of the time was over, and the rest of it is the last check's
-        assert 10 <= int(re.match(r"not done within (\d+) s", hung.reason)[1]) <= 15
+        assert 10 <= int(re.match(r"not done within (\d+) s", hung.reason)[1]) <= 16
         assert last == Row("last", "run", figure=GOOD.figure)
     else:
         assert re.match(r"its part's 10 s were over \d+ s after it began; run it: gpu-check --part", hung.reason)
