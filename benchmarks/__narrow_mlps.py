@@ -38,19 +38,12 @@ class NarrowPair(StagePair):
 
 
 @torch.no_grad()
-def narrow(
-    pair: StagePair, width: int, choice: str, refits: bool, ids: Tensor, note: Callable[[str], None]
-) -> StagePair:
+def narrow(pair: StagePair, width: int, ids: Tensor, note: Callable[[str], None]) -> StagePair:
     """`pair` with decode's MLPs `width` channels wide, chosen on text `ids`, int64 `[S, T]`, half of it prompt.
 
     Block by block, each on what the narrower blocks before it give, towards the dense model's hidden state where the
-    next block reads. Text counts wholly: prompts too, read by decode as a whole model reads them.
-
-    Args:
-        choice: of channels: `energy`, mean squared activation times the squared norm of its column of `down_proj`; or
-            `error`, one channel after another goes, that which adds least to the error of the refitted rest.
-        refits: whether least squares refit `down_proj`.
-
+    next block reads. Text counts wholly: prompts too, read by decode as a whole model reads them. One channel after
+    another goes, that which adds least to the error of the rest, whose `down_proj` least squares refits.
     """
     targets, sources = TargetStates(pair, "decode", ids), pair.plan.kv_sources
     run = LayerRun(Blockwise(pair.stage("decode")), targets.parts, targets.prompt)
@@ -68,9 +61,9 @@ def narrow(
             refit.add(state, span, targets.prompt_target(batch), check=False, kv=LayerKV())
         mlp: Any = run.runner.layers[number].mlp
         down, ridge = mlp.down_proj.weight.detach(), refit.ridge
-        kept = _kept(ridge.gram[0] + ridge.gram[1], ridge.cross[0] + ridge.cross[1], down, width, choice)
+        kept = _kept(ridge.gram[0] + ridge.gram[1], ridge.cross[0] + ridge.cross[1], down, width)
         _leave(ridge, down, kept)
-        weight, before, error = ridge.solve(down[:, kept]) if refits else (down[:, kept], 0.0, 0.0)
+        weight, before, error = ridge.solve(down[:, kept])
         tensors = {f"mlp.{name}.weight": getattr(mlp, name).weight.detach()[kept].clone() for name in MAPS[:2]}
         changed[block] = tensors | {"mlp.down_proj.weight": weight.clone()}
         for name in MAPS:
@@ -82,11 +75,8 @@ def narrow(
     return pair.with_changes("decode", changed)
 
 
-def _kept(gram: Tensor, cross: Tensor, down: Tensor, width: int, choice: str) -> Tensor:
+def _kept(gram: Tensor, cross: Tensor, down: Tensor, width: int) -> Tensor:
     """int64 `[width]`, ascending: the channels that stay."""
-    if choice == "energy":
-        score = gram.diagonal() * down.double().square().sum(0)
-        return score.topk(width).indices.sort().values
     eye = torch.eye(len(gram), dtype=gram.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + _DAMP * gram.diagonal().mean() * eye))
     weight = down.double().T + inverse @ cross  # [in, out], the best with all channels

@@ -60,9 +60,9 @@ def main() -> None:
     PLACE.mkdir(parents=True, exist_ok=True)
     log = RowLog(PLACE / "rows.jsonl", [options.items, options.max_tokens])
     log.append(*(row for row in _committed(options) if log.find(plan=row["plan"], task=row["task"]) is None))
-    wanted = {"commit": commit()} if options.again else {}
+    key = {"commit": commit()} if options.again else {}
     for plan in options.plans:
-        missing = [task for task in options.tasks if log.find(plan=plan, task=task, **wanted) is None]
+        missing = [task for task in options.tasks if log.find(plan=plan, task=task, **key) is None]
         if missing:
             bundle = _built(plan, note)
             about = {"reduction": _saved(plan, bundle), "digest": bundle.plan.digest, "commit": commit()}

@@ -1,10 +1,11 @@
 """Narrower MLPs in decode beside fewer blocks -> results/width.json.
 
-`make bench-width`. Decode of SmolLM2-135M gets MLPs of fewer channels in all blocks, or loses the blocks that greedy
-search chooses, or both; prefill stays whole. Least squares on calibration text (Brown) refits what is left. Some are
-then trained: the same steps, rate and text for each. Each is judged on development text of Brown and of source code
-behind the dense model's prompt KV: the loss of the text's own next tokens, sequence by sequence, so that differences
-are paired. Each row is written down when it is made, and the benchmark goes on from there.
+`make bench-width`. Decode of SmolLM2-135M gets MLPs of fewer channels in all blocks, or loses the 6 blocks that greedy
+search chooses, of about the same weights; prefill stays whole. Least squares refits what is left on calibration text:
+Brown, or Brown and source code. Behind the latter both are then trained too: the same steps, rate and text for each.
+Each is judged on development text of Brown and of source code behind the dense model's prompt KV: the loss of the
+text's own next tokens, sequence by sequence, so that differences are paired. Each row is written down when it is made,
+and the benchmark goes on from there.
 """
 
 from __future__ import annotations
@@ -40,19 +41,16 @@ from pdtrim_deploy.recipe.healing import HealingSection
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {"treatment": "none"},
-    "4 blocks": {"blocks": 4},
-    "width 1280": {"width": 1280},
     "6 blocks": {"blocks": 6},
     "width 1126": {"width": 1126},
-    "8 blocks": {"blocks": 8},
-    "width 1024": {"width": 1024},
-    "width 896": {"width": 896},
     "6 blocks, trained": {"blocks": 6, "treatment": "trained"},
     "width 1126, trained": {"width": 1126, "treatment": "trained"},
 }
 """What decode loses: blocks, channels (a `width` is what stays of 1536), and what is done then."""
 TEXTS = {"Brown": ("brown",), "Brown and code": ("brown", "code")}
 """Corpora in equal parts, of their calibration splits."""
+MEASURED = {"Brown": ("dense", "6 blocks", "width 1126"), "Brown and code": (*CASES,)}
+"""Cases of each text."""
 CORPORA = ("brown", "code")
 PLACE = HERE.parent / "out" / "bench-width"
 BATCH = 4
@@ -73,8 +71,6 @@ _OPTIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=[*CASES], choices=CASES, metavar="CASE")
-    parser.add_argument("--texts", nargs="+", default=[*TEXTS], choices=TEXTS, help="that choose, fit and train")
     parser.add_argument("--calibration", type=int, default=16, help="sequences that least squares and channels are of")
     parser.add_argument("--searched", type=int, default=4, help="of them, for the search of blocks")
     parser.add_argument(
@@ -95,14 +91,13 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     log = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _OPTIONS])
-    for text in options.texts:
-        missing = [name for name in options.cases if log.find(text=text, case=name) is None]
+    for text, cases in MEASURED.items():
+        missing = [name for name in cases if log.find(text=text, case=name) is None]
         if missing:
             bench = _Bench(options, text, note)
             for name in missing:
                 log.append(bench.row(name))
-    rows = [row for text in TEXTS for name in CASES if (row := log.find(text=text, case=name))]
-    options.texts, options.cases = [*TEXTS], [*dict.fromkeys(row["case"] for row in rows)]
+    rows = [row for text, cases in MEASURED.items() for name in cases if (row := log.find(text=text, case=name))]
     write("width", options, rows)
 
 
@@ -138,7 +133,7 @@ class _Bench:
         return row
 
     def _pair(
-        self, blocks: int = 0, width: int = 0, choice: str = "error", treatment: str = "refitted"
+        self, blocks: int = 0, width: int = 0, treatment: str = "refitted"
     ) -> tuple[StagePair, dict[str, Any] | None]:
         """Without training: what least squares change is read where it was made before."""
         options, removed = self._options, self._removed(blocks)
@@ -146,12 +141,12 @@ class _Bench:
         pair: StagePair = NarrowPair(
             self._model, PDPlan.uncut(self._shape, Solution.of(()).actions(self._shape.num_blocks), actions)
         )
-        if treatment == "none" and not width:
+        if treatment == "none":
             return pair, None
-        file = self._place / f"{blocks}-{width}-{choice}-{treatment == 'none'}.safetensors"
+        file = self._place / f"{blocks}-{width}.safetensors"
         if not file.exists():
             if width:
-                fitted: StagePair = narrow(pair, width, choice, treatment != "none", self._ids, self._note)
+                fitted: StagePair = narrow(pair, width, self._ids, self._note)
             else:
                 rules = FitRules(prompt_share=options.share)
                 fitted = get_compensation("least-squares", rules).compensate(pair, "decode", self._ids, self._note)
@@ -171,13 +166,11 @@ class _Bench:
         return healed.pair, healed.report
 
     def _removed(self, blocks: int) -> tuple[Any, ...]:
-        """The first so many that greedy search takes from decode."""
-        most = max(case.get("blocks", 0) for case in CASES.values())
+        """Those that greedy search takes from decode."""
         if not blocks:
             return ()
         inputs = SearchInputs(self._model, self._ids[: self._options.searched], Greedy(), folder=self._place / "search")
-        choice = choose_stages(inputs, 0, most, self._options.prompt, self._note).decode
-        return choice.removed[:blocks]
+        return choose_stages(inputs, 0, blocks, self._options.prompt, self._note).decode.removed
 
     @torch.no_grad()
     def _losses(self, pair: StagePair, ids: Tensor) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -143,7 +144,10 @@ def test_a_build_on_a_gpu_is_the_cpus(
 def test_a_build_that_is_stopped_goes_on_on_other_devices(
     title: str, tmp_path: Path, recipe_of: Callable[[str], Recipe], on_cpu: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In turns here, on GPUs and with fewer blocks in memory, a part each, and a step of training: to the same bits."""
+    """In turns here, on GPUs and with fewer blocks in memory, a part each, and a step of training: to the same bits.
+
+    No step of training is done again but the one that was stopped.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("pdtrim_deploy.pruning.healing.state._EVERY_S", 0.0)
     monkeypatch.setattr("pdtrim_deploy.pruning.healing.state._SHARE", 0)
@@ -151,10 +155,11 @@ def test_a_build_that_is_stopped_goes_on_on_other_devices(
     places = [place for place in PLACES if "LoRA" not in title or place != FIRST.with_blocks(1)]
     recipe, (whole, lines) = recipe_of(title), on_cpu(title)
     order = list(dict.fromkeys(_without_figures(line) for line in lines if not line.startswith(QUICK)))
-    stops, bundle = list[int](), None
+    stops, bundle, steps = list[int](), None, Counter[str]()
 
     def note(line: str) -> None:
         at = order.index(text) if (text := _without_figures(line)) in order else -1
+        steps.update([text] * _of_training(text))
         last = stops[-1] if stops else 0
         if at > last and (at >= last + len(order) // PARTS or ": step " in text):
             stops.append(at)
@@ -166,6 +171,14 @@ def test_a_build_that_is_stopped_goes_on_on_other_devices(
             bundle = build(recipe, tmp_path / "b", Cache(tmp_path / "b cache"), note, compute=compute)
     assert len(stops) >= PARTS - 2
     assert digests(bundle) == whole
+    undisturbed = Counter(filter(_of_training, map(_without_figures, lines)))
+    assert bool(undisturbed) == any(name.endswith("_steps") for name in SECTIONS[title].get("healing", {}))
+    assert steps == undisturbed + Counter(filter(_of_training, (order[at] for at in stops)))
+    assert {*undisturbed} <= {order[at] for at in stops}, "each step was stopped once"
+
+
+def _of_training(line: str) -> bool:
+    return line.startswith("healing ") and ": step " in line
 
 
 def _without_figures(line: str) -> str:

@@ -1,4 +1,4 @@
-"""Builds for a target that are stopped anywhere go on to the same bundle, with nothing half-written on the way."""
+"""Builds for a target, stopped at many moments, go on to the same bundle, with nothing half-written on the way."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def measured(lines: list[str]) -> int:
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bundle(recipe_file: Path, tmp_path: Path) -> None:
+    """Before every 11th change that it makes to its files: each moment is a build of its own."""
     recipe, place = Recipe.load(recipe_file), tmp_path / "place"
     place.mkdir()
     with Snapshots(place, tmp_path / "killed", each=11) as killed:

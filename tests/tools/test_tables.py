@@ -213,6 +213,63 @@ def test_what_training_leaves_of_kv_only_blocks(tool):
     assert "Not measured yet" in tool.TABLES["kvdistilchoice"].render(data)
 
 
+def test_a_commit_without_a_dense_pair_is_one_sentence(tool):
+    rows = [kvdistil_row(corpus, 3.0, blocks=8) for corpus in ("brown", "austen", "code", "agents")]
+    with pytest.raises(SystemExit, match="commit abc judged no dense pair with native rows on final text"):
+        tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": {}, "rows": rows})
+
+
+def test_the_front_page_shows_the_newest_training_on_texts_of_256_tokens(tool):
+    sources = {
+        name: json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources
+    }
+
+    def pair(loss, commit, **more):
+        judged = [(5.0, {"blocks": 0}), (loss, {"blocks": 8, **more})]
+        corpora = ("brown", "austen", "code", "agents")
+        return [kvdistil_row(corpus, nll, commit=commit, **setting) for nll, setting in judged for corpus in corpora]
+
+    def page(*rows):
+        data = {name: {"rows": [row for pair in rows for row in pair]} if name == "kvdistil" else source
+                for name, source in sources.items()}  # fmt: skip
+        return tool.TABLES["switches"].render(*data.values())
+
+    old, new, longer = pair(5.03, "old"), pair(5.02, "new"), pair(5.01, "new", length=512)
+    assert "2.0% ± 0.0% on Brown" in page(old, new, longer)
+    assert "3.0% ± 0.0% on Brown" in page(new, old)
+    for rows, count in ((longer, 0), ([*new, *pair(5.01, "new", sweep=[1.0])], 2)):
+        with pytest.raises(SystemExit, match=f"its newest commit has {count} trainings of 8 blocks"):
+            page(rows)
+
+
+def test_narrower_mlps_are_paired_with_six_blocks_of_their_text_treatment_and_weights(tool):
+    def row(text, case, parameters, loss, **more):
+        losses = {"brown": [loss, loss + 0.2], "code": [loss + 1, loss + 1.4]}
+        return {"text": text, "case": case, "parameters": parameters, "commit": f"{text}1", **losses, **more}
+
+    rows = [
+        row("b", "dense", 1000, 3.0, treatment="none"),
+        row("b", "6 blocks", 840, 3.2, blocks=6), row("b", "width 9", 850, 3.3, width=9),
+        row("b", "width 8", 800, 3.4, width=8), row("b", "8 blocks", 845, 3.9, blocks=8),
+        row("c", "6 blocks", 840, 3.6, blocks=6), row("c", "width 9", 840, 3.5, width=9),
+        row("c", "6 blocks, trained", 840, 3.1, blocks=6, treatment="trained"),
+        row("c", "width 9, trained", 840, 3.4, width=9, treatment="trained"),
+    ]  # fmt: skip
+    names = ("calibration", "searched", "share", "steps", "read", "rate", "sequences", "length", "prompt")
+    options = dict(zip(names, (16, 4, 0.5, 24, 256, 1e-4, 2, 384, 256), strict=True))
+    text = tool.TABLES["width"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
+    cells = {tuple(line.split(" | ")[:2]): line.split(" | ")[5:] for line in text.splitlines() if line.startswith("| ")}
+    for case, difference in {
+        ("| b", "width 9"): "+0.100", ("| c", "width 9"): "-0.100", ("| c", "width 9, trained"): "+0.300",
+    }.items():  # fmt: skip
+        assert cells[case] == [f"{difference} ± 0.000", f"{difference} ± 0.000 |"]
+    for case in (("| b", "6 blocks"), ("| b", "width 8"), ("| b", "8 blocks"), ("| c", "6 blocks, trained")):
+        assert not "".join(cells[case]).strip(" |")
+    assert "blocks searched on 4 of these, prompt tokens count 0.5 in the blocks' refit" in text
+    assert text.endswith("commits b1, c1.")
+    assert "Not measured yet" in tool.TABLES["width"].render(None)
+
+
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

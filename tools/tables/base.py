@@ -44,6 +44,12 @@ def where(environment: dict[str, Any], *more: str, model: str = SMOLLM2) -> str:
     return f"\n\n`{environment['command']}` on {'; '.join([*parts, *more])}."
 
 
+def commits(names: Iterable[str]) -> str:
+    """Of the sources that made the rows, each once: `commits 1a2b3c4d, 5e6f7a8b`."""
+    unique = dict.fromkeys(names)
+    return f"commit{'s' * (len(unique) > 1)} {', '.join(unique)}"
+
+
 def ratio(figure: dict[str, float], middle: str = "median", low: str = "least", high: str = "most") -> str:
     """`0.83 (0.73-0.95)`."""
     return f"{figure[middle]:.2f} ({figure[low]:.2f}-{figure[high]:.2f})"

@@ -6,7 +6,7 @@ from math import exp, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import rise, table, where
+from tables.base import commits, rise, table, where
 
 CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
 TEXTS = {"brown": "Brown", "mixed": "mixed"}
@@ -25,7 +25,12 @@ def kvdistilchoice(data: dict[str, Any] | None) -> str:
 
 
 def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses, Losses]]:
-    """Of each pair judged on texts of all corpora: a row, its losses, those of the dense pair of the same commit."""
+    """Of each pair judged on texts of all corpora: a row, its losses, those of the dense pair of the same commit.
+
+    Raises:
+        SystemExit: a commit that judged no dense pair with native rows.
+
+    """
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
         if row["split"] == split:
@@ -34,6 +39,11 @@ def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses
     whole.sort(key=lambda rows: (rows[0]["setting"]["blocks"], rows[0]["setting"].get("steps", 0), rows[0]["saved"]))
     judged = [(rows[0], {row["corpus"]: row["nll"] for row in rows}) for rows in whole]
     dense = {row["commit"]: losses for row, losses in judged if _dense(row)}
+    if lacking := [row["commit"] for row, _ in judged if row["commit"] not in dense]:
+        raise SystemExit(
+            f"results/kvdistil.json: {commits(lacking)} judged no dense pair with native rows on {split} text; run "
+            f"benchmarks/kvdistil.py --split {split}"
+        )
     return [(row, losses, dense[row["commit"]]) for row, losses in judged if not _dense(row)]
 
 
@@ -62,14 +72,14 @@ def _table(data: dict[str, Any] | None, split: str) -> str:
     if data is None or not (judged := pairs(data, split)):
         return "Not measured yet: `make bench-kvdistil`."
     lines = [(*_what(row), f"{row['saved']:.2f}x", *rises(losses, dense).values()) for row, losses, dense in judged]
-    options, commits = data["options"], dict.fromkeys(row["commit"] for row, _, _ in judged)
+    options = data["options"]
     text = (
         f"judged on {options[split]} x {options['continuation']} tokens of the "
         f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one "
         "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
     )
     head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")
-    return table(head, lines) + where(data["environment"], text, f"commits {', '.join(commits)}")
+    return table(head, lines) + where(data["environment"], text, commits(row["commit"] for row, _, _ in judged))
 
 
 def _what(row: dict[str, Any]) -> tuple[object, ...]:

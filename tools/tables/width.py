@@ -6,7 +6,7 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import rise, table, where
+from tables.base import commits, rise, table, where
 
 CORPORA = ("brown", "code")
 
@@ -27,18 +27,19 @@ def width(data: dict[str, Any] | None) -> str:
     judged = options["length"] - options["prompt"]
     text = (
         f"channels and refit of {options['calibration']} x {options['length']} tokens of the text, blocks searched on "
-        f"{options['searched']} of these; trained: {options['steps']} steps of 4 x {options['read']} tokens at "
-        f"{options['rate']:g}; judged on {options['sequences']} x {judged} tokens of each development split behind "
-        f"dense KV of {options['prompt']} of prompt: rise of perplexity over dense, ± one paired standard error, "
+        f"{options['searched']} of these, prompt tokens count {options['share']:g} in the blocks' refit; trained: "
+        f"{options['steps']} steps of 4 x {options['read']} tokens at {options['rate']:g}; judged on "
+        f"{options['sequences']} x {judged} tokens of each development split behind dense KV of {options['prompt']} of "
+        "prompt: rise of perplexity over dense, ± one paired standard error, "
         "and nats a token less those of 6 blocks of the same text and treatment; width: channels left of 1,536 in the "
         "MLP of every block; weights: decode's of dense, embeddings included"
     )
     head = ("text", "decode", "weights", "Brown", "code", "Brown, less 6 blocks'", "code, less 6 blocks'")
-    return table(head, lines) + where(data["environment"], text)
+    return table(head, lines) + where(data["environment"], text, commits(row["commit"] for row in rows))
 
 
 def _pairs(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether `other` lost six blocks, of the same text and treatment, and has at most the weights of `row` and 1 %."""
+    """Whether `other` lost six blocks, of the same text and treatment, and has the weights of `row` within 1.5 %."""
     alike = all(row.get(name) == other.get(name) for name in ("text", "treatment"))
     near = abs(row["parameters"] / other["parameters"] - 1) < 0.015
     return alike and near and other.get("blocks") == 6 and not other.get("width")
