@@ -270,6 +270,20 @@ def test_narrower_mlps_are_paired_with_six_blocks_of_their_text_treatment_and_we
     assert "Not measured yet" in tool.TABLES["width"].render(None)
 
 
+def test_pairs_beside_dense_and_what_of_a_step_is_no_blocks(tool):
+    ratios = {"rounds": [0.5, 0.6, 0.55], "ratio": 0.549, "low": 0.4, "high": 0.7, "load_average": 1.0}
+    row = {"part": "decode", "pair": "blocks", "figure": "ITL p50", "predicted": 0.58} | ratios
+    alone = {"part": "transfer", "pair": "KV", "figure": "TTFT p50", "predicted": None} | ratios
+    step = {"part": "step", "blocks": [30, 26], "itl_ms": [100.0, 90.0], "head_of_weights": 0.21}
+    step |= {"outside_blocks": [0.1, 0.2, 0.3]}
+    options = {"rounds": 3, "prefill_blocks": 2, "decode_blocks": 8, "prompt": 768, "link": "1Gbps", "batch": 8}
+    text = tool.TABLES["compare"].render({"environment": ENVIRONMENT, "options": options, "rows": [row, alone, step]})
+    assert "| blocks | ITL p50 | 0.580 | 0.550 (0.500-0.600) | 0.55 (0.40-0.70) | 1.0 |" in text
+    assert "| KV | TTFT p50 |  | 0.550" in text
+    assert "With 30 / 26 blocks a decode step took 100.0 / 90.0 ms" in text
+    assert "20% ± 6% of a dense step lie outside blocks, where the LM head has 21% of the weights" in text
+
+
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
