@@ -58,21 +58,25 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     PLACE.mkdir(parents=True, exist_ok=True)
-    log = RowLog(PLACE / "rows.jsonl", [options.items, options.max_tokens])
-    log.append(*(row for row in _committed(options) if log.find(plan=row["plan"], task=row["task"]) is None))
-    key = {"commit": commit()} if options.again else {}
+    log, now = RowLog(PLACE / "rows.jsonl", [options.items, options.max_tokens]), commit()
+    committed = {(row["plan"], row["task"]): row for row in _committed(options)}
+
+    def known(plan: str, task: str) -> dict[str, Any] | None:
+        here = log.find(plan=plan, task=task, commit=now)
+        return here if here or options.again else committed.get((plan, task)) or log.find(plan=plan, task=task)
+
     for plan in options.plans:
-        missing = [task for task in options.tasks if log.find(plan=plan, task=task, **key) is None]
+        missing = [task for task in options.tasks if known(plan, task) is None]
         if missing:
             bundle = _built(plan, note)
-            about = {"reduction": _saved(plan, bundle), "digest": bundle.plan.digest, "commit": commit()}
+            about = {"reduction": _saved(plan, bundle), "digest": bundle.plan.digest, "commit": now}
             serving = WorkerOptions(max_total_tokens=POOL_TOKENS, max_running_requests=REQUESTS)
             with cluster_of(bundle, options=serving, say=note) as cluster:
                 for task in missing:
                     row = _judged(cluster.url, plan, task, options, note)
                     log.append({"plan": plan, "task": task, **about, "machine": machine()["cpu"]} | row)
-    rows = [log.find(plan=plan, task=task) for plan in PLANS for task in QUESTIONS]
     options.plans, options.tasks, options.again = [*PLANS], [*QUESTIONS], False
+    rows = [known(plan, task) for plan in PLANS for task in QUESTIONS]
     print(write("generated", options, [row for row in rows if row is not None]))
 
 

@@ -96,7 +96,7 @@ def main() -> None:
     path = HERE / "results" / "kvdistil.json"
     result = json.loads(path.read_text()) if path.exists() else {"options": {}, "rows": []}
     same = all(result["options"].get(name) == value for name, value in about.items())
-    older = [row for row in result["rows"] if same and row["commit"] != commit()]
+    older = [row for row in result["rows"] if same and row not in log.rows]
     write("kvdistil", options, [*older, *log.rows])
 
 

@@ -11,6 +11,7 @@ and the benchmark goes on from there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -105,7 +106,8 @@ class _Bench:
     """The dense model, and the text that chooses, fits, trains and judges."""
 
     def __init__(self, options: argparse.Namespace, text: str, note: Callable[[str], None]) -> None:
-        self._text_name, self._place = text, PLACE / text.replace(" ", "-")
+        setting = hashlib.sha256(f"{commit()}, {vars(options)}".encode()).hexdigest()[:12]
+        self._text_name, self._place = text, PLACE / setting / text.replace(" ", "-")
         self._cache, self._options, self._note = Cache.default(), options, note
         checkpoint = resolve(DEFAULT_SOURCE, self._cache, note)
         self._tokenizer, self._model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)

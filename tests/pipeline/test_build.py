@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from snapshots import Snapshots
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.bundle.manifest import hashing
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.cache import Cache
@@ -87,7 +88,9 @@ ALL = ["prune", "select-kv", "prefill", "decode", "seal"]
 def test_a_bundle_holds_what_the_recipe_asks(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     bundle, ran = make(recipe_file(), tmp_path / "b", cache)
     assert ran == ALL
-    assert bundle.verify() == []
+    notes, sizes = list[str](), [entry.size for _, entry in sorted(bundle.manifest.files.items())]
+    assert bundle.verify(notes.append) == []
+    assert notes == [hashing(sum(sizes[: at + 1]), sum(sizes)) for at in range(len(sizes))]
     plan = bundle.plan
     assert (len(plan.dropped("prefill")), len(plan.dropped("decode"))) == (1, 2)
     assert [s.mode for s in plan.kv].count("sparse") == 2

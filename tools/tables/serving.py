@@ -18,7 +18,12 @@ def engines(data: dict[str, Any]) -> str:
     calls = [row for row in data["rows"] if "outside_us" in row]
     times = "; ".join(f"{row['stage']}, {row['tokens']} tokens: {row['outside_us']:.0f} us" for row in calls)
     shares = f"{min(row['share'] for row in calls):.1%} to {max(row['share'] for row in calls):.1%} of the graph's time"
-    head = ("requests at once", "TTFT, onnxruntime / torch", "ITL, onnxruntime / torch")
+    head = (
+        "requests at once; "
+        "load average: of one minute, 60 s after the pairs started, a third of whose start is still in it",
+        "TTFT, onnxruntime / torch",
+        "ITL, onnxruntime / torch",
+    )
     tail = f"\n\nThe attention callback costs, a layer and outside of the attention itself: {times} ({shares})."
     options = data["options"]
     rounds = (
@@ -46,7 +51,8 @@ def compare(data: dict[str, Any]) -> str:
     caption = (
         f"blocks: {options['prefill_blocks']} of 30 removed from prefill and {options['decode_blocks']} from decode; "
         f"KV: the first 4 and last 128 rows travel; transfer time, TTFT and E2E of {options['prompt']}-token prompts "
-        f"over a relay of {options['link']} on loopback; ITL and tokens/s of {options['batch']} requests at once"
+        f"over a relay of {options['link']} on loopback; ITL and tokens/s of {options['batch']} requests at once; "
+        "load average: of one minute, 60 s after the pairs started, a third of whose start is still in it"
     )
     head = ("what is pruned", "over dense", "predicted by weights or bytes", "median round (least-most)",
             "geometric mean (95% interval)", "load average")  # fmt: skip
