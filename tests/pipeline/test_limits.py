@@ -192,8 +192,8 @@ def test_training_is_priced_by_its_method_its_stages_and_its_minutes() -> None:
     checkpointed = cost(decode_steps=500, batch=32, gradient_checkpointing=True)
     assert checkpointed.peak.host < cost(decode_steps=500, batch=32).peak.host - 10e9
     overnight = cost(decode_steps=1_000_000, minutes=480)
-    assert overnight.seconds(1e12) == pytest.approx(480 * 60 + overnight.flops / 1e12)
-    hours = cost(decode_steps=1_000_000).seconds(1e12)
+    assert overnight.seconds(1e12, 1e9) == pytest.approx(480 * 60 + overnight.flops / 1e12)
+    hours = cost(decode_steps=1_000_000).seconds(1e12, 1e9)
     assert hours > 1000 * 3600
     kv = step_costs(recipe.changed("test", "healing", kv_steps=100), config, Compute())["heal-kv"]
     assert kv.operations > 0

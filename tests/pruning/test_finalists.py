@@ -168,12 +168,12 @@ def test_one_by_one_is_the_same_and_each_is_said_before_the_next(model, stage, m
     alone = RefitJudge(model, shape, ids, method, note=notes.append, together=1)(stage, prefill, solutions)
     shared = "prefill: " if stage == "decode" else None  # fitted once, for all of decode's
 
-    def said():
+    def heard():
         return len([note for note in notes if shared is None or not note.startswith(shared)])
 
-    first, looked_at = next(alone), said()
+    first, looked_at = next(alone), heard()
     assert [first, *alone] == pytest.approx(both, abs=1e-5)
-    assert said() == 2 * looked_at > 0
+    assert heard() == 2 * looked_at > 0
 
 
 def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monkeypatch):
