@@ -137,10 +137,10 @@ def test_a_check_that_hangs_ends_at_its_deadline_with_all_it_started(name, statu
     monkeypatch.setattr(supervise, "HUNG_S", 1.0 if status == "failed" else 90.0)
     monkeypatch.setattr(supervise, "LEAST_S", 1.0)
     # A busy machine takes seconds to start the process that does the last check: its half must be long enough.
-    first, hung, last = supervise.run_part(part(name), PYTHON, 30 if status == "failed" else 10)
+    first, hung, last = supervise.run_part(part(name), PYTHON, 40 if status == "failed" else 10)
     assert (first, hung.part, hung.status) == (GOOD, "hang", status)
     if status == "failed":  # its half of the time was over, and the rest of it is the last check's
-        assert 10 <= int(re.match(r"not done within (\d+) s", hung.reason)[1]) <= 16
+        assert 10 <= int(re.match(r"not done within (\d+) s", hung.reason)[1]) <= 21
         assert last == Row("last", "run", figure=GOOD.figure)
     else:
         assert re.match(r"its part's 10 s were over \d+ s after it began; run it: gpu-check --part", hung.reason)
