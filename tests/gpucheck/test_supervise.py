@@ -37,6 +37,18 @@ def within(seconds=600.0):
     return time.monotonic() + seconds
 
 
+def ended(pid, deadline):
+    """Whether a process that was killed has ended by the deadline: a busy machine may take seconds for it."""
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def part(name, seconds=60.0, **more):
     return Part(name, f"parts_that_fail:{name}", seconds, **more)
 
@@ -146,9 +158,7 @@ def test_a_check_that_hangs_ends_at_its_deadline_with_all_it_started(name, statu
         assert re.match(r"its part's 10 s were over \d+ s after it began; run it: gpu-check --part", hung.reason)
         assert last == Row("last", "skipped", supervise.NOT_BEGUN)
     if name == "hangs":
-        time.sleep(0.2)
-        child = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-        assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert ended(int((tmp_path / "pid").read_text()), within(30))
 
 
 def test_the_other_parts_go_on_and_what_is_there_is_written_after_each():
