@@ -337,11 +337,9 @@ command.run(Path(sys.argv[1]), (), None, 600, "x", lambda text: print(text, flus
     while not pid.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(20) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
     rows = json.loads(out.read_text())["rows"]
     assert [(row["part"], row["status"], row["reason"]) for row in rows] == [
         ("good", "run", ""), ("hangs", "skipped", check.STOPPED), ("prints", "skipped", check.STOPPED),
     ]  # fmt: skip
-    child = Path(f"/proc/{pid.read_text()}/stat")
-    time.sleep(0.3)
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert ended(int(pid.read_text()), within(30))

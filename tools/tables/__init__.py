@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tables import (
     build,
     demo,
+    equalbytes,
     front,
     generated,
     gpu,
@@ -53,6 +54,7 @@ TABLES = {
     "claims": Table(("claims",), demo.demo),
     "kv": Table(("kv",), kv.kv),
     "kvlengths": Table(("kv",), kv.kvlengths),
+    "equalbytes": Table(("equalbytes",), equalbytes.equalbytes, optional=True),
     "shares": Table(("shares",), shares.shares, optional=True),
     "requestrows": Table(("requestrows",), requestrows.requestrows, optional=True),
     "generated": Table(("generated",), generated.generated, optional=True),
