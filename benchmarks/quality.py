@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from __quality_plans import DENSE, MIXED, MODELS, PLANS, built
 from __quality_tasks import TASKS, write_tasks
 from __results import HERE, commit, write
 
-from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.bundle.environment import machine
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
@@ -29,10 +28,11 @@ from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import BATCH
 from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models.loading import load_tokenizer
-from pdtrim_deploy.models.oracle import PDOracle, PrefillState
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.pd_run import sequence_nll
 
 DOMAINS = {"prose": "brown", "dialogue": "agents", "code": "code"}
@@ -66,12 +66,12 @@ def main() -> None:
         for part in dict.fromkeys(part for part, _ in missing):
             there = [row for row in _newest(log) if (row["model"], row["part"]) == (name, part)]
             check_commits([*there, {"commit": now}])
-        prompts: dict[str, list[PrefillState]] = {}
-        for plan in dict.fromkeys(plan for _, plan in missing):
-            with built(name, MIXED | PLANS[plan], PLACE / name, note) as bundle:
-                bench = _Bench(name, plan, bundle, text, prompts if set(PLANS[plan]) == {"kv"} else {}, note)
-                for part in (part for part, of_plan in missing if of_plan == plan):
-                    log.append(bench.row(part, options.items))
+        for family in families(dict.fromkeys(plan for _, plan in missing)):
+            bench = _Bench(name, family, text, note)
+            for part in options.parts:
+                plans = [plan for of_part, plan in missing if of_part == part and plan in family]
+                for rows_of in bench.rows(part, plans, options.items):
+                    log.append(*rows_of)
     options.models, options.plans, options.parts, options.items = [*MODELS], [*PLANS], [*DOMAINS, *TASKS], None
     write("quality", options, [*rows(log)])
 
@@ -126,51 +126,61 @@ def _newest(log: RowLog) -> list[dict[str, Any]]:
     return [newest[key] for key in order if key in newest]
 
 
+def families(plans: Collection[str]) -> list[list[str]]:
+    """Plans of the same weights together, which prefill texts once for all of them: those that cut KV alone."""
+    kv_alone = [plan for plan in plans if set(PLANS[plan]) == {"kv"}]
+    return [family for family in (kv_alone, *([plan] for plan in plans if plan not in kv_alone)) if family]
+
+
 class _Bench:
-    """One model behind one plan. `prompts`: by domain, what prefill made of its texts, for plans of this prefill."""
+    """One model behind plans of the same weights."""
 
-    def __init__(
-        self,
-        name: str,
-        plan: str,
-        bundle: Bundle,
-        text: dict[str, int],
-        prompts: dict[str, list[PrefillState]],
-        note: Callable[[str], None],
-    ) -> None:
-        self._prompts = prompts
-        self._name, self._plan, self._text, self._note, self._cache = name, plan, text, note, Cache.default()
-        self._oracle, self._tokenizer = oracle_of(bundle, note, None), load_tokenizer(bundle.prefill_dir)
-        self._tasks, self._commit = write_tasks(PLACE / "tasks", self._cache), commit()
+    def __init__(self, name: str, plans: Sequence[str], text: dict[str, int], note: Callable[[str], None]) -> None:
+        self._name, self._text, self._note, self._cache = name, text, note, Cache.default()
+        self._oracles, self._commit = dict[str, PDOracle](), commit()
+        for plan in plans:
+            with built(name, MIXED | PLANS[plan], PLACE / name, note) as bundle:
+                if not self._oracles:
+                    first = oracle_of(bundle, note, None)
+                    self._tokenizer = load_tokenizer(bundle.prefill_dir)
+                offsets = KeyOffsets.read(bundle.prefill_dir, bundle.plan)
+                self._oracles[plan] = PDOracle(first.prefill_model, first.decode_model, bundle.plan, offsets)
+        self._tasks = write_tasks(PLACE / "tasks", self._cache)
 
-    def row(self, part: str, items: int | None) -> dict[str, Any]:
-        """A value for each question or text, with what made it. Bytes are compared with a bfloat16 pool."""
-        self._note(f"{self._name}, {self._plan}, {part}")
-        measured, every = self._domain(part) if part in DOMAINS else self._task(part, items)
-        name = "nll" if part in DOMAINS else TASKS[part]
-        row = {"model": self._name, "plan": self._plan, "part": part, "measure": name, "all": every}
-        row |= {"values": [round(value, 6) for value in measured.values[name]]}
-        row |= {"reduction": _saved(self._oracle, self._text["prompt"]), "commit": self._commit}
+    def rows(self, part: str, plans: Sequence[str], items: int | None) -> Iterator[list[dict[str, Any]]]:
+        """A row of each plan, as they are measured: a value for each question or text, with what made it."""
+        if plans and part in DOMAINS:
+            values = self._domain(part, plans)
+            yield [self._row(plan, part, "nll", values[plan], every=True) for plan in plans]
+        for plan in plans if part in TASKS else ():
+            measured, every = self._task(plan, part, items)
+            yield [self._row(plan, part, TASKS[part], measured.values[TASKS[part]], every=every)]
+
+    def _row(self, plan: str, part: str, measure: str, values: Sequence[float], *, every: bool) -> dict[str, Any]:
+        """Bytes are compared with a bfloat16 pool."""
+        row = {"model": self._name, "plan": plan, "part": part, "measure": measure, "all": every}
+        row |= {"values": [round(value, 6) for value in values]}
+        row |= {"reduction": _saved(self._oracles[plan], self._text["prompt"]), "commit": self._commit}
         return row | {"machine": machine()["cpu"]}
 
-    def _domain(self, part: str) -> tuple[Measured, bool]:
+    def _domain(self, part: str, plans: Sequence[str]) -> dict[str, list[float]]:
+        """Loss of each text behind each plan; only one batch's prompts are in memory."""
         documents = registry.load(DOMAINS[part], self._cache, self._note).split("final")
-        length = self._text["prompt"] + self._text["continuation"]
-        ids = sequences(documents, self._tokenizer, self._text["sequences"], length, 0)
         lengths = self._text["prompt"], self._text["continuation"]
-        prompts, continuations = (side.split(BATCH) for side in ids.split(lengths, 1))
-        if part not in self._prompts:
-            self._prompts[part] = [self._oracle.prefill(batch) for batch in prompts]
-        values = tuple(
-            value
-            for state, batch in zip(self._prompts[part], continuations, strict=True)
-            for value in sequence_nll(self._oracle.score(state, batch)).tolist()
-        )
-        return Measured(part, ("all",) * len(values), {"nll": values}), True
+        ids = sequences(documents, self._tokenizer, self._text["sequences"], sum(lengths), 0)
+        values: dict[str, list[float]] = {plan: [] for plan in plans}
+        for batch in ids.split(BATCH):
+            prompts, continuations = batch.split(lengths, 1)
+            state = self._oracles[plans[0]].prefill(prompts)
+            for plan in plans:
+                values[plan] += sequence_nll(self._oracles[plan].score(state, continuations)).tolist()
+            self._note(f"{self._name}, {part}: {len(values[plans[0]])} of {len(ids)} texts, {len(plans)} plans")
+        return values
 
-    def _task(self, part: str, items: int | None) -> tuple[Measured, bool]:
-        samples = PLACE / "samples" / self._name / self._plan.replace(" ", "-")
-        (result,) = Harness((part,), self._tasks, items).measure(self._oracle, self._tokenizer, samples, self._note)
+    def _task(self, plan: str, part: str, items: int | None) -> tuple[Measured, bool]:
+        self._note(f"{self._name}, {plan}, {part}")
+        samples, oracle = PLACE / "samples" / self._name / plan.replace(" ", "-"), self._oracles[plan]
+        (result,) = Harness((part,), self._tasks, items).measure(oracle, self._tokenizer, samples, self._note)
         return result, len(result.groups) == len(Path(self._tasks, f"{part}.jsonl").read_text().splitlines())
 
 

@@ -69,3 +69,9 @@ def test_a_run_does_what_is_missing(modules):
     assert [covers(part, "gsm8k", items) for items in (5, 6, 7, None)] == [True, True, False, False]
     assert covers(part | {"all": True}, "gsm8k", None)
     assert covers(entry("dense", "prose", [1.0]), "prose", None)
+
+
+def test_plans_of_the_same_weights_share_their_prefill(modules):
+    families = modules[0].families(["blocks", "dense", "uniform int4", "blocks, budget 4.95x"])
+    assert families == [["dense", "uniform int4"], ["blocks"], ["blocks, budget 4.95x"]]
+    assert modules[0].families(["blocks"]) == [["blocks"]]

@@ -26,6 +26,7 @@ from tables import (
     searchtime,
     serving,
     shares,
+    sublayers,
     width,
 )
 
@@ -69,6 +70,7 @@ TABLES = {
     "objective": Table(("objective",), objective.objective),
     "mixture": Table(("mixture",), mixture.mixture, optional=True),
     "racing": Table(("racing",), racing.racing, optional=True),
+    "sublayers": Table(("sublayers",), sublayers.sublayers, optional=True),
     "width": Table(("width",), width.width, optional=True),
     "heal": Table(("heal",), heal.heal, optional=True),
     "build": Table(("build",), build.build, optional=True),
