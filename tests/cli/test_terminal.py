@@ -76,7 +76,9 @@ def serve_python(tmp_path: Path) -> Iterator[Path]:
     )
     python.chmod(0o755)
     yield python
-    left = processes_of(tmp_path)
+    deadline = time.monotonic() + 30
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:  # those that were killed need a moment
+        time.sleep(0.1)
     for pid in left:  # of a test that failed
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -184,16 +186,26 @@ def test_while_it_reads(name: str, bundle: Path, tmp_path: Path) -> None:
 
 def opened(pipe: Path, terminal: Terminal) -> int:
     """The pipe's writing end once a reader waits: between open and read Python would miss a signal."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while True:
         try:
             held_open = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-            time.sleep(0.3)
-            return held_open
+            break
         except OSError:
             terminal.read()
             assert time.monotonic() < end, terminal.text
             time.sleep(0.02)
+    asleep = 0  # times in a row: it was woken by the open, and sleeps again in its read
+    while asleep < 10:
+        asleep = asleep + 1 if state(terminal.pid) == "S" else 0
+        assert time.monotonic() < end, terminal.text
+        time.sleep(0.03)
+    return held_open
+
+
+def state(pid: int) -> str:
+    """Of a process: R while it computes or waits for a processor, S while it waits for something else."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_eval_writes_all_or_nothing(bundle: Path, recipe_file: Path) -> None:
@@ -225,7 +237,7 @@ def test_while_servers_start(command: str, served: Path, serve_python: Path, rec
     if command == "demo":
         terminal.read_until(r"build the dense bundle( \.\.\.|:)")
         return stopped(terminal, command)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while len(programs_of(tmp_path)) < 3:  # the command itself and both workers
         terminal.read()
         assert time.monotonic() < end, terminal.text
@@ -254,7 +266,7 @@ def test_under_load(command: str) -> None:
     behaviour = Behaviour(hang=True)
     with serve(behaviour) as url, serve(behaviour) as other_url:
         terminal = Terminal(command, url, *([other_url] if command == "compare" else []))
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not behaviour.in_flight:
             terminal.read()
             assert time.monotonic() < end, terminal.text
