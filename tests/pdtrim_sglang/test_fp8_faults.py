@@ -74,7 +74,8 @@ def test_no_byte_is_wrong_no_request_hangs_and_the_next_is_right(world, fault, p
     reference.open()
     reference.send([0, 12, TOKENS])
     assert set(reference.wait(reference.prefill + reference.decode)) == {KVPoll.Success}
-    ranks, relays = world(pool_dtype, prefill, decode, 3 if fault == "drop" else 30)  # the others need not be waited for
+    # What was dropped is waited for until the deadline.
+    ranks, relays = world(pool_dtype, prefill, decode, 3 if fault == "drop" else 30)
     relays[-1].fault = fault
     ranks.open()
     ranks.send([0, 12, TOKENS])

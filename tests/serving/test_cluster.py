@@ -93,7 +93,8 @@ def test_a_worker_that_dies_at_start_is_named_with_its_reason(cluster):
 
 
 def test_a_worker_that_dies_of_the_first_request_is_named(cluster, monkeypatch):
-    monkeypatch.setattr("pdtrim_deploy.serving.cluster.GRACE_S", 5.0)  # a busy machine ends it later than its connection
+    """On a busy machine its process ends a while after its connection."""
+    monkeypatch.setattr("pdtrim_deploy.serving.cluster.GRACE_S", 5.0)
     with pytest.raises(ServingError, match=r"^decode-0 ended with exit code 7: RuntimeError: layer count 4"):
         cluster({"decode": "dies-when-asked"}).__enter__()
 
