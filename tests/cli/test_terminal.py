@@ -106,26 +106,37 @@ def run(*args: object, **more: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload]
 
 
-def stopped(terminal: Terminal, command: str) -> None:
+def stopped(terminal: Terminal, command: str, result: Path | None = None) -> bool:
     """Press Ctrl-C: one sentence that says how to go on, no traceback, the shell's code for it.
 
     Where C code saw the KeyboardInterrupt first (torch, while it is imported), Python ends itself by SIGINT after all
     of that: the same code in a shell.
+
+    False where it was too late, on a busy machine: the command's result was there already.
     """
-    terminal.press(CTRL_C)
-    assert terminal.ended() in (130, -signal.SIGINT), terminal.text
+    with contextlib.suppress(OSError):  # it has ended
+        terminal.press(CTRL_C)
+    code = terminal.ended()
+    if result is not None and result.exists():
+        return False
+    assert code in (130, -signal.SIGINT), terminal.text
     assert terminal.text.rstrip().endswith(f"pdtrim-deploy: stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}")
     assert "Traceback" not in terminal.text
+    return True
 
 
 def test_a_build_is_stopped_at_its_steps_and_goes_on(recipe_file: Path) -> None:
     out = recipe_file.parent / "bundle"
     args = ("build", recipe_file, "--out", out, "--cache-dir", recipe_file.parent / "cache")
     for step in ("prune", "select-kv", "prefill"):  # all that a KeyboardInterrupt falls into: imports, torch, writing
-        terminal = Terminal(*args)
-        terminal.read_until(rf"{step}( \.\.\.|: (?!done))")
-        stopped(terminal, "build")
-        assert not (out / "COMPLETE").exists()
+        for _ in range(5):
+            terminal = Terminal(*args)
+            terminal.read_until(rf"{step}( \.\.\.|: (?!done))")
+            if stopped(terminal, "build", out / "COMPLETE"):
+                break
+            shutil.rmtree(out)
+        else:
+            pytest.fail(f"the build went on to its end: {terminal.text}")
     again = Terminal(*args)
     assert again.ended() == 0, again.text
     assert "done before" in again.text
@@ -209,10 +220,14 @@ def state(pid: int) -> str:
 
 
 def test_eval_writes_all_or_nothing(bundle: Path, recipe_file: Path) -> None:
-    terminal = Terminal("eval", bundle, "--cache-dir", recipe_file.parent / "cache")
-    terminal.read_until(r"eval \.\.\.")
-    stopped(terminal, "eval")
-    assert not (bundle / "reports" / "eval.json").exists()
+    result = bundle / "reports" / "eval.json"
+    for _ in range(5):
+        terminal = Terminal("eval", bundle, "--cache-dir", recipe_file.parent / "cache")
+        terminal.read_until(r"eval \.\.\.")
+        if stopped(terminal, "eval", result):
+            break
+        result.unlink()
+    assert not result.exists()
 
 
 def faults(bundle: Path, stage: str, fault: str) -> None:
@@ -236,14 +251,14 @@ def test_while_servers_start(command: str, served: Path, serve_python: Path, rec
     terminal = Terminal(command, *more.get(command, [served]), "--serve-python", serve_python)
     if command == "demo":
         terminal.read_until(r"build the dense bundle( \.\.\.|:)")
-        return stopped(terminal, command)
+        stopped(terminal, command)
+        return
     end = time.monotonic() + 120
     while len(programs_of(tmp_path)) < 3:  # the command itself and both workers
         terminal.read()
         assert time.monotonic() < end, terminal.text
         time.sleep(0.1)
     stopped(terminal, command)
-    return None
 
 
 def test_serve_is_stopped_while_it_serves(served: Path, serve_python: Path, tmp_path: Path) -> None:

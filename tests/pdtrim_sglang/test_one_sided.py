@@ -113,12 +113,14 @@ def test_other_threads_run_on_while_a_payload_is_copied():
 
     ticking = threading.Thread(target=tick)
     ticking.start()
-    shares, end = [], time.monotonic() + 30
-    while not any(0.2 < share < 0.8 for share in shares) and time.monotonic() < end:
+    shares = []
+    for _ in range(20):  # on a busy machine the other thread may not run while this one does
         begun = time.perf_counter()
         link.read(payload, aux)
         took = time.perf_counter() - begun
         shares += [(at - begun) / took for at in list(ticks) if at > begun]
+        if any(0.2 < share < 0.8 for share in shares):
+            break
     done.set()
     ticking.join()
     assert any(0.2 < share < 0.8 for share in shares)

@@ -301,7 +301,7 @@ def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, se
         return device.current_stream().record_event()
 
     on_gpu = GPU if "GPU" in name else None
-    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots, device=on_gpu)
+    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots, device=on_gpu, connect_seconds=30)
     side, owner, transport = decode_side(target), Owner(), transports(clocks)[name.partition(",")[0]]
     owner.done = ClockedQueue(clocks)
     receiver = transport.server("127.0.0.1", side, config)
@@ -346,7 +346,7 @@ def test_chunks_are_packed_while_another_one_travels(monkeypatch, slots):
     """The first of them, 8 MiB, hangs on a link that lets nothing through: each further slot takes one more."""
     tokens, packed, genuine = 1024, queue.Queue(), pack
     plan = PDPlan.dense(BIG)
-    config = TransportConfig(staging_bytes=plan.payload_bytes(tokens), staging_slots=slots)
+    config = TransportConfig(staging_bytes=plan.payload_bytes(tokens), staging_slots=slots, connect_seconds=30)
 
     def counted(*arguments):
         packed.put(None)
@@ -398,7 +398,8 @@ def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monke
     transport, pool = transport_named("tcp"), PoolView([torch.zeros(tokens, 8, 128)], [torch.zeros(tokens, 8, 128)], 1)
 
     def elapsed(slots):
-        config, owner = TransportConfig(staging_bytes=size, staging_slots=slots), Owner()
+        config = TransportConfig(staging_bytes=size, staging_slots=slots, connect_seconds=30)
+        owner = Owner()
         server = transport.server("127.0.0.1", handler, config)
         link = Throttle(port := free_ports(1)[0], server.port, size / seconds)
         link._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, small)
@@ -425,7 +426,8 @@ def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monke
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_chunk_is_read_while_another_one_is_scattered(slots):
-    gate, delivering, config = threading.Event(), queue.Queue(), TransportConfig(staging_slots=slots)
+    gate, delivering = threading.Event(), queue.Queue()
+    config = TransportConfig(staging_slots=slots, connect_seconds=30)
 
     def deliver(header, payload, aux):
         delivering.put(header.room)
