@@ -13,7 +13,7 @@ from pdtrim_deploy.loadtest.builtin import _watch
 from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Conversations, Lengths
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sse_server import Behaviour, serve
+from sse_server import Behaviour, serve, slower
 
 SPEC = Scenario.closed(8, 2, (5, 9), (6, 6), warmup=1, deadline_s=120.0)
 
@@ -23,19 +23,15 @@ def load(behaviour: Behaviour, spec: Scenario = SPEC) -> LoadResult:
         return LoadResult.of("builtin", [driver("builtin")(url, spec)])
 
 
-# A busy machine is late by the same seconds however slow the server: what is too late is tried with a slower one.
-SLOWER = (1, 1, 4, 16)
-
-
 def test_latencies_are_those_of_the_server() -> None:
-    for slower in SLOWER:
-        behaviour = Behaviour(ttft=0.12 * slower, itl=0.03 * slower)
+    for factor in slower():
+        behaviour = Behaviour(ttft=0.12 * factor, itl=0.03 * factor)
         result = load(behaviour)
         assert (result.requests, result.failed, result.output_tokens) == (8, 0, 48)
         figures = (result.ttft_ms.p50, result.itl_ms.p50, result.tpot_ms.p50, result.e2e_ms.p50)
-        seen = [(figure or 0) / slower for figure in figures]
+        seen = [(figure or 0) / factor for figure in figures]
         assert all(map(operator.ge, seen, (120, 30, 30, 120 + 5 * 30))), "never early"
-        assert result.duration_s >= 4 * 0.27 * slower
+        assert result.duration_s >= 4 * 0.27 * factor
         assert result.output_tokens_per_s == pytest.approx(48 / result.duration_s, rel=1e-2)
         assert behaviour.most_in_flight == 2
         assert len(behaviour.bodies) == 9
@@ -45,10 +41,10 @@ def test_latencies_are_those_of_the_server() -> None:
 
 
 def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
-    for slower in SLOWER:
-        result = load(Behaviour(ttft=0.05, itl=0.09 * slower, chunk=3))
+    for factor in slower():
+        result = load(Behaviour(ttft=0.05, itl=0.09 * factor, chunk=3))
         assert result.output_tokens == 48
-        seen = [(result.itl_ms.p50 or 0) / slower, (result.itl_ms.p90 or 0) / slower]
+        seen = [(result.itl_ms.p50 or 0) / factor, (result.itl_ms.p90 or 0) / factor]
         assert seen[1] >= 30
         if in_time := max(seen) < 45:
             break
@@ -134,15 +130,15 @@ def test_open_loops_send_whatever_the_server_does() -> None:
 
 def test_a_closed_loop_ends_with_its_duration() -> None:
     arrivals = Arrivals(clients=2)
-    for slower in SLOWER:
+    for factor in slower():
         spec = Scenario(
-            name="a", arrivals=arrivals, input=Lengths(tokens=4), output=Lengths(tokens=2), duration_s=0.5 * slower,
+            name="a", arrivals=arrivals, input=Lengths(tokens=4), output=Lengths(tokens=2), duration_s=0.5 * factor,
             warmup=0,
         )  # fmt: skip
-        result = load(Behaviour(ttft=0.1 * slower, itl=0.0), spec)
+        result = load(Behaviour(ttft=0.1 * factor, itl=0.0), spec)
         assert result.requests <= 10
-        assert result.duration_s >= 0.5 * slower
-        if in_time := result.requests >= 4 and result.duration_s < 0.8 * slower:
+        assert result.duration_s >= 0.5 * factor
+        if in_time := result.requests >= 4 and result.duration_s < 0.8 * factor:
             break
     assert in_time, (result.requests, result.duration_s)
 

@@ -15,7 +15,7 @@ from pdtrim_deploy.local.student_t import t_975
 from pdtrim_deploy.serving import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sse_server import Behaviour, serve
+from sse_server import Behaviour, serve, slower
 
 SCENARIO = Scenario.closed(6, 2, (4, 12), (4, 4), warmup=1)
 
@@ -57,9 +57,8 @@ def test_a_figure_that_a_round_lacks_is_named() -> None:
 
 
 def test_a_slower_server_is_found_slower() -> None:
-    """A busy machine is late by the same seconds however slow the servers: then both are slower."""
-    for slower in (1, 1, 4, 12):
-        first, second = (Behaviour(ttft=0.03, itl=gap * slower) for gap in (0.02, 0.04))
+    for factor in slower():
+        first, second = (Behaviour(ttft=0.03, itl=gap * factor) for gap in (0.02, 0.04))
         with serve(first) as fast, serve(second) as slow:
             sides = {"fast": Side(fast), "slow": Side(slow)}
             rounds = interleave(sides, repeats(SCENARIO, 4), driver("builtin"), "builtin")
