@@ -17,7 +17,7 @@ from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
 
 TOLERANCE = 1e-3  # nats, float32
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 SPARSE = KVSend(mode="sparse", n_first=4, n_last=24)
 
 

@@ -14,9 +14,10 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.families import known_family
 
 with contextlib.suppress(ImportError):  # the environment of the documentation has none
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("busy machine", deadline=None)  # beside servers an example may take any time
+    # Beside servers an example may take any time, and so may its drawing.
+    settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy machine")
 
 TINY_BLOCKS = tinyfamilies.SHARED["num_hidden_layers"]

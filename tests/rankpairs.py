@@ -27,7 +27,7 @@ from pdtrim_deploy.plan.heads import held_heads, source_ranks
 from pdtrim_deploy.plan.wire import FP8_ROWS
 
 HEADS, DIM, PAGE, TOKENS, SLOTS = 4, 64, 4, 22, 64
-CONFIG = TransportConfig(staging_bytes=1 << 18, connect_seconds=5, stall_seconds=5)
+CONFIG = TransportConfig(staging_bytes=1 << 18, connect_seconds=30, stall_seconds=30)
 SHAPE = ModelShape(
     architecture="X", fingerprint="f", num_blocks=3, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
 )
@@ -165,7 +165,7 @@ class World:
                 chunk = Chunk(room, pages, start, TOKENS, start, stop, last, 0, reused_tokens=self.prefix)
                 prefill.side.submit(chunk)
 
-    def wait(self, sides, room=1, seconds=10):
+    def wait(self, sides, room=1, seconds=60):
         deadline = time.monotonic() + seconds
         over = KVPoll.Success, KVPoll.Failed
         while not all(side.manager.request_status.get(room) in over for side in sides):

@@ -81,7 +81,7 @@ def without(modules: tuple[str, ...], *args: object) -> subprocess.CompletedProc
             f"main({[str(arg) for arg in args]!r})",
         ]
     )
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=250)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,4 +76,4 @@ def test_notes_of_a_step_have_it(terminal, capsys, monkeypatch):
         progress.note("redundancy: 2/30 blocks")
         assert " left)" in progress._last
     if not terminal:
-        assert "s left)" in capsys.readouterr().err
+        assert " left)" in capsys.readouterr().err

@@ -46,9 +46,9 @@ def serve(body: bytes, status: int = 200, after: float = 0.0) -> Iterator[str]:
 
 def test_answers_of_a_pair() -> None:
     with serve(json.dumps(GOOD).encode()) as url:
-        assert ask(url, ALONE, 2, 5) == [Served((1, 2, 3), (7, 8), (-0.5, -1.0), 1)]
+        assert ask(url, ALONE, 2, 60) == [Served((1, 2, 3), (7, 8), (-0.5, -1.0), 1)]
     with serve(json.dumps([GOOD, GOOD]).encode()) as url:
-        assert [answer.prompt for answer in ask(url, PAIR, 2, 5)] == [(1,), (2, 3)]
+        assert [answer.prompt for answer in ask(url, PAIR, 2, 60)] == [(1,), (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -58,23 +58,23 @@ def test_answers_of_a_pair() -> None:
 @pytest.mark.parametrize("group", [ALONE, PAIR], ids=["alone", "batch"])
 def test_an_answer_of_another_server(group: Group, body: str) -> None:
     with serve(body.encode()) as url, pytest.raises(UserError, match="holds no token logprobs as SGLang gives them; g"):
-        ask(url, group, 2, 5)
+        ask(url, group, 2, 60)
 
 
 def test_a_request_that_fails_is_told_in_the_servers_words() -> None:
     with serve(b"no worker is ready", status=503) as url, pytest.raises(UserError, match="503: no worker is ready"):
-        ask(url, ALONE, 2, 5)
+        ask(url, ALONE, 2, 60)
 
 
 def test_nobody_answers() -> None:
     with serve(b"") as url:
         pass
     with pytest.raises(ServingError, match=rf"^{url} does not answer \(.*\); give the URL of a router that runs$"):
-        ask(url, ALONE, 2, 5)
+        ask(url, ALONE, 2, 60)
     with serve(b"", after=30) as url, pytest.raises(ServingError, match=r"within 0\.2 s; look into .* --deadline$"):
         ask(url, ALONE, 2, 0.2)
 
 
 def test_what_is_no_url() -> None:
     with pytest.raises(UserError, match="is not a URL such as"):
-        ask("http://[::1", ALONE, 2, 5)
+        ask("http://[::1", ALONE, 2, 60)

@@ -173,7 +173,7 @@ def transfers():
     """`transfers(cluster, more=0, than={})` of the first prefill worker, bytes by what is counted, requests by outcome.
 
     Prefill counts a request when decode acknowledges its last rows, which may be after the answer: so counters are read
-    once they have stood still, and `more` requests have succeeded than there were in `than`; after 20 s as they are.
+    once they have stood still, and `more` requests have succeeded than there were in `than`; after 120 s as they are.
     """
 
     def read(cluster):
@@ -183,12 +183,12 @@ def transfers():
         return sums | {s.labels["outcome"]: s.value for s in samples.get("pdtrim_kv_requests_total", ())}
 
     def settled(cluster, more=0, than=MappingProxyType({})):
-        deadline, seen = time.monotonic() + 20, None
+        deadline, seen = time.monotonic() + 120, None
         while (now := read(cluster)) != seen or now.get("success", 0) < than.get("success", 0) + more:
             if time.monotonic() > deadline:
                 break
             seen = now
-            time.sleep(0.3)
+            time.sleep(1.0)
         return now
 
     return settled

@@ -82,7 +82,7 @@ class _Server:
 
     def close(self) -> None:
         self._channel.close()
-        self._popen.wait(30)
+        self._popen.wait(120)
 
     def _read(self, timeout: float) -> None:
         self._channel.settimeout(timeout)
@@ -93,7 +93,7 @@ class _Server:
         except ConnectionError:
             data = b""
         if not data:
-            self._popen.wait(30)  # it has ended
+            self._popen.wait(120)  # it has ended
         *lines, self._rest = (self._rest + data).split(b"\n")
         for fields in map(json.loads, lines):
             if "code" in fields:

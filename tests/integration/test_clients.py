@@ -91,7 +91,7 @@ def generate(pair, body, stream):
     if not stream:
         reply = pair.post("generate", body)
         return reply.status_code, reply.json()["meta_info"]["output_token_logprobs"] if reply.is_success else []
-    with httpx.stream("POST", f"{pair.url}/generate", json=body | {"stream": True}, timeout=60) as reply:
+    with httpx.stream("POST", f"{pair.url}/generate", json=body | {"stream": True}, timeout=120) as reply:
         lines = [line for line in reply.iter_lines() if line.startswith("data: {")]
         if reply.status_code != 200:
             return reply.status_code, []
@@ -196,8 +196,8 @@ def test_prompts_as_token_ids_behind_mini_lb(pair, whole_bodies):
 
 @one_pair
 def test_a_model_that_is_not_served_is_not_found(pair):
-    assert httpx.get(f"{pair.url}/v1/models", timeout=60).json()["data"][0]["id"] == "pdtrim"
-    assert httpx.get(f"{pair.url}/v1/models/no-such-model", timeout=60).status_code == 404
+    assert httpx.get(f"{pair.url}/v1/models", timeout=120).json()["data"][0]["id"] == "pdtrim"
+    assert httpx.get(f"{pair.url}/v1/models/no-such-model", timeout=120).status_code == 404
 
 
 @one_pair

@@ -133,7 +133,7 @@ def transferred(pair):
 def measured(pair, action, requests=1):
     """What `action` returns, and what was sent for its requests: payload bytes, reused tokens, reused bytes."""
     counted, before = transferred(pair), sent(pair)
-    result, deadline = action(), time.monotonic() + 20
+    result, deadline = action(), time.monotonic() + 120
     while transferred(pair) < counted + requests:
         assert time.monotonic() < deadline, "prefill does not count its transfers"
         time.sleep(0.05)
@@ -203,7 +203,7 @@ def held(pair):
     """Tokens in both workers' pools that belong to requests, and requests that transfer."""
     counts = []
     for worker in pair.workers:
-        (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=10).json()["loads"]
+        (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=60).json()["loads"]
         counts += load["num_used_tokens"], total(scrape(worker.metrics_url), "pdtrim_kv_open_requests")
     return counts
 
@@ -222,9 +222,9 @@ def test_a_client_that_leaves_in_the_middle_of_a_long_prefill_leaves_nothing_beh
     talk = Conversation("left")
     (answer,) = ask(pair, talk.say())
     talk.heard(answer)
-    for attempt in range(3):
+    for attempt in range(6):
         prompt = random.Random(f"long {attempt}").choices(range(3, VOCABULARY), k=13 * CHUNK)
-        counted, whole, deadline = aborted(pair), transferred(pair), time.monotonic() + 60
+        counted, whole, deadline = aborted(pair), transferred(pair), time.monotonic() + 120
         with slowed(scheduler(pair.workers[0].pid), 25):
             with contextlib.suppress(httpx.ReadTimeout):
                 httpx.post(f"{pair.url}/generate", json=body_of(prompt) | {"stream": True}, timeout=1)
@@ -233,6 +233,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_long_prefill_leaves_nothing_beh
         if transferred(pair) == whole:
             break
     assert (aborted(pair) - counted, transferred(pair) - whole) == (1, 0)
+    deadline = time.monotonic() + 120
     while any(held(pair)):
         assert time.monotonic() < deadline, held(pair)
         time.sleep(0.1)
@@ -260,8 +261,8 @@ def test_decode_restarted_has_nothing_and_is_sent_all(pair, stages, oracle):
     (answer,) = ask(pair, talk.say())
     talk.heard(answer)
     pair.restart("decode-0")
-    deadline = time.monotonic() + 60
-    while httpx.post(f"{pair.url}/generate", json=body_of([5, 6, 7]), timeout=60).status_code == 503:
+    deadline = time.monotonic() + 120
+    while httpx.post(f"{pair.url}/generate", json=body_of([5, 6, 7]), timeout=120).status_code == 503:
         assert time.monotonic() < deadline, "the router does not find the worker again"
         time.sleep(1)
     prompt = talk.say()

@@ -36,7 +36,7 @@ def test_a_pair_answers_what_it_answers_without_the_harness(mixed_pair, mixed_bu
         row = json.loads(line)
         messages = [{"role": "user", "content": PROMPT.format(row["problem"])}]
         body = {"model": "x", "messages": messages, "max_tokens": 12, "temperature": 0}
-        reply = httpx.post(f"{mixed_pair.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+        reply = httpx.post(f"{mixed_pair.url}/v1/chat/completions", json=body, timeout=120, trust_env=False).json()
         texts.append(reply["choices"][0]["message"]["content"])
         assert row["pair"]["text"] == row["dense"]["text"] == texts[-1]
     assert len(set(texts)) == len(ROWS)

@@ -79,9 +79,9 @@ def test_a_real_pair_serves_until_one_of_its_schedulers_is_killed(cluster, stock
         "max_tokens": 4,
         "ignore_eos": True,
     }
-    answer = post_json(f"{cluster.url}/v1/chat/completions", chat, 60.0)
+    answer = post_json(f"{cluster.url}/v1/chat/completions", chat, 120.0)
     assert answer["usage"]["completion_tokens"] == 4
-    text = post_json(f"{cluster.url}/v1/completions", {"model": "pdtrim", "prompt": "a b", "max_tokens": 3}, 60.0)
+    text = post_json(f"{cluster.url}/v1/completions", {"model": "pdtrim", "prompt": "a b", "max_tokens": 3}, 120.0)
     assert text["choices"][0]["finish_reason"]
     counted = {"stream": True, "stream_options": {"include_usage": True}}
     assert streamed(f"{cluster.url}/v1/chat/completions", chat | counted) == 4
@@ -99,7 +99,7 @@ def test_a_real_pair_serves_until_one_of_its_schedulers_is_killed(cluster, stock
 def streamed(url, body):
     """Tokens of a streamed answer that ended as it should."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60.0) as answer:
+    with urllib.request.urlopen(request, timeout=120.0) as answer:
         events = [line[6:].decode().strip() for line in answer if line.startswith(b"data: ")]
     assert events.pop() == "[DONE]"
     return json.loads(events[-1])["usage"]["completion_tokens"]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from slowworker import scheduler, slowed
 
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
@@ -42,7 +43,8 @@ def test_answers_are_those_of_requests_that_had_room(short_pair):
     log = short_pair.workers[1].log
     before = log.read_text()
     assert "Retract requests" not in before
-    with ThreadPoolExecutor(len(prompts)) as pool:
+    # Decode is slowed down, so that all are there at once, on a busy machine too.
+    with slowed(scheduler(short_pair.workers[1].pid), 5), ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(lambda prompt, priority: answer(short_pair, prompt, priority), prompts, (1, 3, 0, 2)))
     assert "Retract requests" in log.read_text()[len(before) :]
     assert together == alone
@@ -50,9 +52,9 @@ def test_answers_are_those_of_requests_that_had_room(short_pair):
 
 def wait_until(pair, **counts):
     """Decode's scheduler writes, after each step, how many requests run and how many wait for room."""
-    url, deadline = f"{pair.workers[1].spec.url}/v1/loads", time.monotonic() + 60
+    url, deadline = f"{pair.workers[1].spec.url}/v1/loads", time.monotonic() + 120
     while True:
-        (load,) = httpx.get(url, timeout=10).json()["loads"]
+        (load,) = httpx.get(url, timeout=60).json()["loads"]
         now = {"running": load["num_running_reqs"], "waiting": load["disaggregation"]["decode_prealloc_queue_reqs"]}
         if now == counts:
             return
@@ -62,7 +64,10 @@ def wait_until(pair, **counts):
 
 @pytest.mark.parametrize("priorities", [(0, 5), (5, 0)], ids=["the later is urgent", "the earlier is urgent"])
 def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
-    """A request has nearly all of decode's tokens; two that need more than the rest wait, and only one fits then."""
+    """A request has nearly all of decode's tokens; two that need more than the rest wait, and only one fits then.
+
+    Decode is slowed down, so that the first one is still there when the others come, on a busy machine too.
+    """
     ended = []
 
     def run(name, length, priority, tokens):
@@ -71,10 +76,11 @@ def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
 
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(run, "blocks", 1500, 9, 170)]
-        wait_until(short_pair, running=1, waiting=0)
-        runs.append(pool.submit(run, 0, 1200, priorities[0], 4))
-        wait_until(short_pair, running=1, waiting=1)
-        runs.append(pool.submit(run, 1, 1201, priorities[1], 4))
-        wait_until(short_pair, running=1, waiting=2)
+        with slowed(scheduler(short_pair.workers[1].pid), 5):
+            wait_until(short_pair, running=1, waiting=0)
+            runs.append(pool.submit(run, 0, 1200, priorities[0], 4))
+            wait_until(short_pair, running=1, waiting=1)
+            runs.append(pool.submit(run, 1, 1201, priorities[1], 4))
+            wait_until(short_pair, running=1, waiting=2)
     assert [run.result() for run in runs] == [None] * 3
     assert ended == ["blocks", *sorted((0, 1), key=lambda place: -priorities[place])]

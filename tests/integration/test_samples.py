@@ -86,13 +86,13 @@ def held(pair):
     """What both workers hold, by SGLang's count and by ours."""
     counts = {}
     for worker in pair.workers:
-        (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=30).json()["loads"]
+        (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=60).json()["loads"]
         counts |= {f"{worker.spec.name} {name}": load[name] for name in HELD}
         counts[f"{worker.spec.name} rooms"] = total(scrape(worker.metrics_url), "pdtrim_kv_open_requests")
     return counts
 
 
-def left_behind(pair, within_s=60.0):
+def left_behind(pair, within_s=120.0):
     deadline = time.monotonic() + within_s
     while any((over := {name: now for name, now in held(pair).items() if now}).values()):
         if time.monotonic() > deadline:

@@ -49,7 +49,7 @@ def test_the_tutorials_servers(tiny_bundle, tmp_path, capsys):
     assert run(capsys, "fidelity", tiny_bundle.path, url, "--json")["passed"]
     assert run(capsys, "loadtest", url, "--requests", 4, "--concurrency", 2, "--json")["failed"] == 0
     exported = "".join(
-        httpx.get(at, timeout=60).text
+        httpx.get(at, timeout=120).text
         for at in (served["router"]["metrics"], *(worker["metrics"] for worker in served["workers"]))
     )
     assert [name for name in names() if name not in exported] == []

@@ -22,9 +22,21 @@ def test_a_build_process_that_dies(code, sentence, tmp_path):
 
 def test_peak_memory_is_that_of_the_process(tmp_path):
     ours = b"x" * 600_000_000  # of ours nothing must be counted
-    code = "import sys, json, time; x = b'x' * 300_000_000; time.sleep(0.3)"
-    code += "; open(json.load(open(sys.argv[1]))['answer'], 'w').write('{}')"
-    assert 300e6 < run_job([sys.executable, "-c", code], {}, tmp_path, os.environ).peak_memory < 400e6
+    # It holds its memory until two notes were heard, one after the other: in between its memory was looked at.
+    code = """
+import json, os, sys, time
+x, job = b"x" * 300_000_000, json.load(open(sys.argv[1]))
+for note in ("one", "two"):
+    print(note, file=open(job["notes"], "a"), flush=True)
+    while not os.path.exists(f"{job['notes']} {note}"):
+        time.sleep(0.01)
+open(job["answer"], "w").write("{}")
+"""
+
+    def heard(note):
+        (tmp_path / f"notes.log {note}").touch()
+
+    assert 300e6 < run_job([sys.executable, "-c", code], {}, tmp_path, os.environ, heard).peak_memory < 400e6
     del ours
 
 
@@ -39,14 +51,14 @@ def test_what_it_notes_is_heard_line_by_line(tmp_path):
 
 def test_it_dies_with_whoever_started_it(tmp_path):
     """Kill -9 of a build leaves no builder behind."""
-    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     parent = os.fork()
     if not parent:
         try:
             run_job([sys.executable, "-c", child], {}, tmp_path, os.environ)
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)

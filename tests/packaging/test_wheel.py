@@ -48,7 +48,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(clean: Path, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "HOME": str(cwd)}
     command = [str(clean / "pdtrim-deploy"), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=250)
 
 
 def test_the_wheel_holds_all_that_is_no_python_too(wheel: Path) -> None:

@@ -23,7 +23,7 @@ from pretended_gpu import CPU, GPU, gpu, host
 
 from pdtrim_deploy.kvcache.checksum import torch_checksum
 
-CONFIG = TransportConfig(staging_bytes=1 << 12, staging_slots=2, connect_seconds=2, stall_seconds=5)
+CONFIG = TransportConfig(staging_bytes=1 << 12, staging_slots=2, connect_seconds=30, stall_seconds=30)
 HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 3, 100, False, range(1))
 
 
@@ -227,7 +227,7 @@ def send(channel, slot=0, header=HEADER):
 def test_rows_go_from_gpu_to_gpu_and_the_aux_row_by_the_host(ends):
     channel, writer, delivered, events = ends(ON_GPU, ON_GPU)
     rows = [send(channel, slot) for slot in (0, 1, 0)]
-    assert [events.get(timeout=5) for _ in rows] == [Reply(1)] * 3
+    assert [events.get(timeout=60) for _ in rows] == [Reply(1)] * 3
     assert delivered == [(True, sent, b"aux") for sent in rows]
     assert all(buffer.is_cuda for buffer in writer.buffers)
 
@@ -253,7 +253,7 @@ def test_damage_on_its_way_is_noticed(ends, place):
 
     writer.write = damaged
     send(channel)
-    assert "checksum mismatch" in events.get(timeout=5).reason
+    assert "checksum mismatch" in events.get(timeout=60).reason
     assert not delivered
 
 
@@ -263,7 +263,7 @@ def test_a_damaged_aux_row_or_header_is_noticed_as_well(ends):
     for damage in (lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:20] + b"\1" + data[21:]):
         damaged = type("Header", (ChunkHeader,), {"encode": lambda self, body, d=damage: d(genuine(self, body))})
         send(channel, header=damaged(**vars(HEADER)))
-        assert "checksum mismatch" in events.get(timeout=5).reason
+        assert "checksum mismatch" in events.get(timeout=60).reason
     assert not delivered
 
 
@@ -279,7 +279,7 @@ def test_what_is_written_after_the_check_is_not_scattered(ends, monkeypatch):
 
     monkeypatch.setattr(ring, "body_matches", late)
     rows = send(channel)
-    assert events.get(timeout=5) == Reply(1)
+    assert events.get(timeout=60) == Reply(1)
     assert delivered == [(True, rows, b"aux")]
 
 

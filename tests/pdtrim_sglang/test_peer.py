@@ -97,7 +97,7 @@ def expected_rows(world, start, stop):
 @pytest.mark.parametrize(("start", "stop"), [(0, 13), (5, 13), (3, 6), (8, 8)])
 def test_a_part_of_a_chunk_may_begin_inside_a_page(world, start, stop):
     world[4].submit(chunk(start, stop))
-    header, sent = world[2].sent.get(timeout=10)
+    header, sent = world[2].sent.get(timeout=60)
     assert (header.start, header.stop, sent) == (start, stop, expected_rows(world, start, stop))
     assert world[3].room.staged_bytes == 0
 
@@ -124,7 +124,7 @@ def test_pages_that_come_later_are_waited_for(world):
         kv_args=SimpleNamespace(page_size=PAGE), prefill_side=SimpleNamespace(submit=peer.submit),
     )  # fmt: skip
     sender.send(pages, num_kv_tokens=TOKENS, indices_event=Copying(pages))
-    header, sent = channel.sent.get(timeout=10)
+    header, sent = channel.sent.get(timeout=60)
     assert (header.start, header.stop, header.last) == (0, TOKENS, True)
     assert sent == expected_rows(world, 0, TOKENS)
 
@@ -158,7 +158,7 @@ def test_keys_leave_less_their_offset_from_pool_and_span_alike():
     ((_, _, span),) = staging.cut(1, 0, TOKENS)
     for of in (None, span):
         peer.submit(chunk(5, 13, span=of))
-        assert channel.sent.get(timeout=10)[1] == expected_rows(world, 5, 13)
+        assert channel.sent.get(timeout=60)[1] == expected_rows(world, 5, 13)
 
 
 def test_rows_of_a_span_do_not_come_from_the_pool(world):
@@ -171,7 +171,7 @@ def test_rows_of_a_span_do_not_come_from_the_pool(world):
     staging.commit(staged)
     ((start, stop, span),) = staging.cut(1, 0, TOKENS)
     peer.submit(chunk(start, stop, span=span))
-    header, sent = channel.sent.get(timeout=10)
+    header, sent = channel.sent.get(timeout=60)
     assert torch.frombuffer(bytearray(sent), dtype=torch.float32).unique().tolist() == [3]
     assert owner.room.staged_bytes in (0, header.payload_bytes)  # counted just after the channel returns
     assert header.payload_bytes == plan.payload_bytes(TOKENS)
@@ -184,7 +184,7 @@ def test_what_waited_for_a_failed_attempt_fails_with_it(world):
 
     def unreachable(*_):
         attempts.append(time.monotonic())
-        gate.wait(10)
+        gate.wait(60)
         raise UnreachableError("cannot reach decode worker h:1")
 
     channel.send, send = unreachable, channel.send
@@ -194,14 +194,14 @@ def test_what_waited_for_a_failed_attempt_fails_with_it(world):
         time.sleep(0.01)
     assert not peer.gone
     gate.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(owner.failed) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert owner.failed == ["cannot reach decode worker h:1"] * 4
     assert len(attempts) == 1
     channel.send = send
     peer.submit(chunk(0, 13))  # asked later: a new attempt
-    assert channel.sent.get(timeout=10)
+    assert channel.sent.get(timeout=60)
 
 
 class Pages(list):
@@ -214,7 +214,7 @@ def test_a_chunk_is_held_until_its_packing_has_ended_also_where_it_is_not_sent(w
     held, at_the_end, gate, recorded = [], [], threading.Event(), 0
 
     def unreachable(*_):
-        gate.wait(10)
+        gate.wait(60)
         raise UnreachableError("cannot reach decode worker h:1")
 
     def record_event(_):
@@ -229,7 +229,7 @@ def test_a_chunk_is_held_until_its_packing_has_ended_also_where_it_is_not_sent(w
         held.append(weakref.ref(pages))
         peer.submit(replace(chunk(0, 13), pages=pages))
     del pages
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while recorded < 2 or not at_the_end:  # the second one is packed while the first one is sent
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -258,7 +258,7 @@ def test_a_chunk_whose_packing_fails_half_way_is_held_until_the_gpu_is_done(worl
     held = weakref.ref(pages)
     peer.submit(replace(chunk(0, 13), pages=pages))
     del pages
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while peer._free.qsize() < len(channel.slots) or not owner.failed:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -269,25 +269,25 @@ def test_a_chunk_whose_packing_fails_half_way_is_held_until_the_gpu_is_done(worl
 def test_a_peer_that_lost_its_connection_may_go_when_nothing_is_left_to_do(world):
     _, _, channel, owner, peer = world
     peer.submit(chunk(0, 13))
-    channel.sent.get(timeout=10)
+    channel.sent.get(timeout=60)
     assert not peer.gone
     peer.on_lost("gone")
     assert owner.failed == ["gone"], "what had no reply yet"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not peer.gone and time.monotonic() < deadline:
         time.sleep(0.01)
     assert peer.gone
     closed = threading.Event()
     channel.close = closed.set
     peer.close()
-    assert closed.wait(10)
+    assert closed.wait(60)
 
 
 @pytest.mark.parametrize("ends", ["between chunks", "before the reply"])
 def test_a_request_that_ended_keeps_no_peer(world, ends):
     _, _, channel, owner, peer = world
     peer.submit(chunk(0, 5))
-    channel.sent.get(timeout=10)
+    channel.sent.get(timeout=60)
     if ends == "between chunks":
         peer.on_reply(Reply(1))
         peer.forget(1)
@@ -306,16 +306,16 @@ def test_the_time_that_a_chunk_takes_to_leave_is_no_silence_of_the_peer(world):
 
     def slowly(*chunk):
         leaving.set()
-        gate.wait(10)
+        gate.wait(60)
         return send(*chunk)
 
     channel.send = slowly
     peer.submit(chunk(0, 13))
-    assert leaving.wait(10)
+    assert leaving.wait(60)
     assert owner.room.last_sent is None
     gone = time.monotonic()
     gate.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while owner.room.last_sent is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert owner.room.last_sent >= gone

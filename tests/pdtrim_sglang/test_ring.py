@@ -301,7 +301,7 @@ def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, se
         return device.current_stream().record_event()
 
     on_gpu = GPU if "GPU" in name else None
-    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots, device=on_gpu)
+    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots, device=on_gpu, connect_seconds=30)
     side, owner, transport = decode_side(target), Owner(), transports(clocks)[name.partition(",")[0]]
     owner.done = ClockedQueue(clocks)
     receiver = transport.server("127.0.0.1", side, config)
@@ -320,7 +320,7 @@ def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, se
             slots = token_slots(chunk.pages, CHUNK)
             rows = [host(side)[slots] for side in (*computed.keys, *computed.values)]
             sender.submit(replace(chunk, events=(write_on_sglangs_stream(source, slots, rows),)))
-    assert {owner.done.get(timeout=20) for _ in range(2)} == {0, 1}
+    assert {owner.done.get(timeout=60) for _ in range(2)} == {0, 1}
     assert owner.failed == []
     for room in range(2):  # decode's attention reads them
         clocks.access(thread(), places(rows_of(target.keys, target.values, token_slots(there[room], TOKENS))))
@@ -346,7 +346,7 @@ def test_chunks_are_packed_while_another_one_travels(monkeypatch, slots):
     """The first of them, 8 MiB, hangs on a link that lets nothing through: each further slot takes one more."""
     tokens, packed, genuine = 1024, queue.Queue(), pack
     plan = PDPlan.dense(BIG)
-    config = TransportConfig(staging_bytes=plan.payload_bytes(tokens), staging_slots=slots)
+    config = TransportConfig(staging_bytes=plan.payload_bytes(tokens), staging_slots=slots, connect_seconds=30)
 
     def counted(*arguments):
         packed.put(None)
@@ -366,7 +366,7 @@ def test_chunks_are_packed_while_another_one_travels(monkeypatch, slots):
     for number in range(5):
         peer.submit(Chunk(1, range(tokens), 0, tokens, 0, tokens, number == 4, 0))
     for _ in range(slots):
-        packed.get(timeout=20)
+        packed.get(timeout=60)
     with pytest.raises(queue.Empty):
         packed.get(timeout=0.3)
     link.close()
@@ -375,13 +375,16 @@ def test_chunks_are_packed_while_another_one_travels(monkeypatch, slots):
 
 
 def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monkeypatch):
-    """A chunk packs in 0.1 s and takes the relay as long: eight one by one 1.6 s, overlapped 0.9 s."""
-    tokens, count, seconds, small = 128, 8, 0.1, 1 << 14
+    """A chunk packs in 0.1 s and takes the relay as long: eight one by one 1.6 s, overlapped 0.9 s.
+
+    On a busy machine threads come late, by the same time however slow the link: then on slower ones.
+    """
+    tokens, count, small = 128, 8, 1 << 14
     plan = PDPlan.dense(BIG)
     size = plan.payload_bytes(tokens)  # 1 MiB, of which little can wait in buffers of the system
 
     def slowly(*arguments):
-        time.sleep(seconds)
+        time.sleep(seconds)  # of the loop below
         return pack(*arguments)
 
     def prepare(connection):
@@ -395,7 +398,8 @@ def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monke
     transport, pool = transport_named("tcp"), PoolView([torch.zeros(tokens, 8, 128)], [torch.zeros(tokens, 8, 128)], 1)
 
     def elapsed(slots):
-        config, owner = TransportConfig(staging_bytes=size, staging_slots=slots), Owner()
+        config = TransportConfig(staging_bytes=size, staging_slots=slots, connect_seconds=30)
+        owner = Owner()
         server = transport.server("127.0.0.1", handler, config)
         link = Throttle(port := free_ports(1)[0], server.port, size / seconds)
         link._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, small)
@@ -404,7 +408,7 @@ def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monke
         owner.rooms[1] = RoomProgress(queued=count, started=begun)
         for number in range(count):
             peer.submit(Chunk(1, range(tokens), 0, tokens, 0, tokens, number == count - 1, 0))
-        assert owner.done.get(timeout=20) == 1
+        assert owner.done.get(timeout=60) == 1
         took = time.monotonic() - begun
         assert owner.failed == []
         peer.close()
@@ -412,18 +416,22 @@ def test_over_a_slow_link_two_slots_cost_the_longer_of_packing_and_sending(monke
         server.close()
         return took
 
-    assert elapsed(1) > 0.85 * 2 * count * seconds
-    # one of three, each beside its neighbour: on a busy machine threads come late
-    assert any(elapsed(2) < 0.85 * elapsed(1) for _ in range(3))
+    for seconds in (0.1, 0.1, 0.2, 0.5, 1.0):
+        alone = elapsed(1)
+        assert alone > 0.85 * 2 * count * seconds
+        if overlaps := elapsed(2) < 0.85 * alone:
+            break
+    assert overlaps
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_chunk_is_read_while_another_one_is_scattered(slots):
-    gate, delivering, config = threading.Event(), queue.Queue(), TransportConfig(staging_slots=slots)
+    gate, delivering = threading.Event(), queue.Queue()
+    config = TransportConfig(staging_slots=slots, connect_seconds=30)
 
     def deliver(header, payload, aux):
         delivering.put(header.room)
-        gate.wait(20)
+        gate.wait(60)
         return Reply(header.room)
 
     admitted = queue.Queue()
@@ -435,15 +443,15 @@ def test_a_chunk_is_read_while_another_one_is_scattered(slots):
     channel = transport.channel("127.0.0.1", server.port, listener, config)
     for room in (1, 2, 3):
         channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 1000, False, range(1)), memoryview(b""))
-    assert delivering.get(timeout=5) == 1
+    assert delivering.get(timeout=60) == 1
     read = 1 + slots  # headers: the last one waits for a slot
     for _ in range(read):
-        admitted.get(timeout=5)
+        admitted.get(timeout=60)
     time.sleep(0.1)
     assert admitted.empty()
     assert server.held()[1] == 1000 * slots
     assert replies.empty()
     gate.set()
-    assert [replies.get(timeout=5) for _ in range(3)] == [Reply(1), Reply(2), Reply(3)]
+    assert [replies.get(timeout=60) for _ in range(3)] == [Reply(1), Reply(2), Reply(3)]
     channel.close()
     server.close()

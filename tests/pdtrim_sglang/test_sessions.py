@@ -21,10 +21,11 @@ from pdtrim_sglang.transports import TransportConfig, transport_named
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.serving.ports import free_ports
 
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=4, kv_dtype="float32")
 PLAN = PDPlan.dense(SHAPE)
-CONFIG = TransportConfig(staging_bytes=1 << 16, connect_seconds=2, stall_seconds=2)
+CONFIG = TransportConfig(staging_bytes=1 << 16, connect_seconds=30, stall_seconds=30)
 
 
 class Handler:
@@ -84,7 +85,7 @@ def side(monkeypatch):
     return side
 
 
-def eventually(holds, seconds=10):
+def eventually(holds, seconds=60):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
@@ -107,12 +108,14 @@ def opened(session, room):
 
 def test_what_a_vanished_decode_worker_leaves_behind_ends_by_itself(side):
     handler = Handler()
-    server = transport_named("tcp").server("127.0.0.1", handler, CONFIG)
+    # A port that the system gives to no outgoing connection, since it is needed a second time.
+    config = replace(CONFIG, port=free_ports(1)[0])
+    server = transport_named("tcp").server("127.0.0.1", handler, config)
     session = f"{server.host}:{server.port}"
     side.hear(register(session))
     side.hear(opened(session, 1))
     side.send(1)
-    assert handler.rooms.get(timeout=10) == 1
+    assert handler.rooms.get(timeout=60) == 1
     eventually(lambda: side._manager.request_status[1] == KVPoll.Success)
     time.sleep(0.5)
     (peer,) = side.sessions._peers.values()  # through some sweeps
@@ -120,11 +123,11 @@ def test_what_a_vanished_decode_worker_leaves_behind_ends_by_itself(side):
     peer._channel.close = lambda: closed.put(None)
     server.close()
     eventually(lambda: not side.sessions._peers)
-    closed.get(timeout=10)  # by its thread, which then ends
-    again = transport_named("tcp").server("127.0.0.1", handler, replace(CONFIG, port=server.port))  # it was but cut off
+    closed.get(timeout=60)  # by its thread, which then ends
+    again = transport_named("tcp").server("127.0.0.1", handler, config)  # it was but cut off
     side.hear(opened(session, 2))
     side.send(2)
-    assert handler.rooms.get(timeout=10) == 2
+    assert handler.rooms.get(timeout=60) == 2
     again.close()
 
 
@@ -140,7 +143,7 @@ def test_decode_workers_that_restart_for_ever_are_forgotten_and_one_that_asks_is
     assert list(side.sessions._known) == ["127.0.0.1:26", "127.0.0.1:27", "127.0.0.1:28", "127.0.0.1:29", "127.0.0.1:1"]
     assert list(side.sessions._rejected) == [f"127.0.0.2:{restart}" for restart in range(25, 30)]
     side.hear(opened("127.0.0.1:2", 99))
-    assert "never registered" in side._manager.failed.get(timeout=10)
+    assert "never registered" in side._manager.failed.get(timeout=60)
 
 
 def test_what_a_decode_worker_needs_is_made_and_connected_when_it_registers(side, monkeypatch):
@@ -152,7 +155,7 @@ def test_what_a_decode_worker_needs_is_made_and_connected_when_it_registers(side
     server = transport_named("tcp").server("127.0.0.1", Handler(), CONFIG)
     session = f"{server.host}:{server.port}"
     side.hear(register(session))
-    assert threads.get(timeout=10) == "pdtrim control channel"
+    assert threads.get(timeout=60) == "pdtrim control channel"
     eventually(lambda: server.held()[0] == 1)
     side.hear(opened(session, 1))
     side.send(1)
@@ -168,7 +171,7 @@ def test_memory_that_cannot_be_registered_fails_requests_and_nothing_else(side, 
     monkeypatch.setattr(prefill, "Peer", no_memory)
     side.hear(register("127.0.0.1:1"))
     side.hear(opened("127.0.0.1:1", 1))
-    reason = side._manager.failed.get(timeout=10)
+    reason = side._manager.failed.get(timeout=60)
     assert reason == "cannot prepare to send to decode worker 127.0.0.1:1: cannot pin memory"
 
 

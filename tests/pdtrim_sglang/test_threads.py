@@ -17,7 +17,7 @@ from pretended_gpu import with_current_devices
 
 from pdtrim_deploy.plan import ModelShape, PDPlan
 
-CONFIG = TransportConfig(staging_bytes=1 << 16, connect_seconds=5, stall_seconds=5)
+CONFIG = TransportConfig(staging_bytes=1 << 16, connect_seconds=30, stall_seconds=30)
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=4, kv_dtype="float32")
 
 
@@ -58,7 +58,7 @@ def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
     peer = Peer(server.host, server.port, transport.channel, CONFIG, Both(), plan, pool, AuxRows((), ()), 0)
     Both.room.queued = 1
     peer.submit(Chunk(1, [1], 0, 4, 0, 4, True, 0))
-    answered.get(timeout=10)
+    answered.get(timeout=60)
     of_its_own = 1, (1, threads.HIGH)  # the device, and a stream there
     assert used == {"waited for": of_its_own, "packed": of_its_own, "taken in": of_its_own}
     peer.close()
@@ -69,4 +69,4 @@ def test_without_a_gpu_none_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", pytest.fail)
     done = queue.Queue()
     threads.start("test", done.put, "given")
-    assert done.get(timeout=10) == "given"
+    assert done.get(timeout=60) == "given"

@@ -20,7 +20,7 @@ from pdtrim_sglang.transports.handshake import Credentials
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_deploy.worker.transport import TransportOptions
 
-CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
+CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=30, stall_seconds=30, accept_unauthenticated=True)
 LIBRARY, LOADS = {"nixl": "nixl", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
 
 
@@ -51,7 +51,7 @@ class Listener:
         self.events.put(reason)
 
     def next(self):
-        return self.events.get(timeout=10)
+        return self.events.get(timeout=60)
 
 
 def usable(name):
@@ -98,12 +98,12 @@ def test_the_owner_hears_of_connections_that_come_and_go(pair):
     channel, server, handler, listener = pair
     channel.send(header(1, 100), memoryview(b""))
     listener.next()
-    handler.changes.get(timeout=10)
+    handler.changes.get(timeout=60)
     connections, staging = server.held()
     assert connections == 1
     assert staging >= 100
     channel.close()
-    handler.changes.get(timeout=10)
+    handler.changes.get(timeout=60)
     assert server.held() == (0, 0)
 
 
@@ -177,7 +177,7 @@ def test_a_lost_server_is_told_and_named(pair):
 def test_a_silent_connection_can_be_given_up_and_the_next_one_works(pair):
     channel, _, handler, listener = pair
     gate = threading.Event()
-    deliver, handler.deliver = handler.deliver, lambda *chunk: gate.wait(20) and deliver(*chunk)
+    deliver, handler.deliver = handler.deliver, lambda *chunk: gate.wait(60) and deliver(*chunk)
     channel.send(header(1, 10), memoryview(b""))
     channel.abandon()
     assert "lost decode worker" in listener.next()
@@ -209,11 +209,12 @@ def test_a_server_that_is_out_of_files_for_a_moment_serves_on(pair):
 
 
 def test_nobody_there_is_told_apart_from_a_broken_connection():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen: no other program can meanwhile
         port = taken.getsockname()[1]
-    channel = TRANSPORTS["tcp"].channel("127.0.0.1", port, Listener(), CONFIG)
-    with pytest.raises(UnreachableError, match=f"cannot reach decode worker 127.0.0.1:{port}"):
-        channel.send(header(1, 10), memoryview(b""))
+        channel = TRANSPORTS["tcp"].channel("127.0.0.1", port, Listener(), CONFIG)
+        with pytest.raises(UnreachableError, match=f"cannot reach decode worker 127.0.0.1:{port}"):
+            channel.send(header(1, 10), memoryview(b""))
 
 
 def test_transports_that_let_strangers_write_are_refused_unless_one_says_so():

@@ -26,7 +26,7 @@ def test_the_transport_server(ended, monkeypatch, caplog):
     server = TRANSPORTS["tcp"].server("127.0.0.1", SimpleNamespace(connections_changed=list), TransportConfig())
     monkeypatch.setattr(threads, "start", fails)
     socket.create_connection((server.host, server.port)).close()
-    assert ended.wait(5)
+    assert ended.wait(60)
     assert "this worker ends, since it cannot serve without its transport server" in caplog.text
     assert "can't start new thread" in caplog.text
 
@@ -53,13 +53,13 @@ def test_the_control_channel(ended, monkeypatch, stage):
     side = PrefillSide if stage == "prefill" else DecodeSide
     pool = SimpleNamespace(digest=lambda plan: plan.digest, draft_bytes=lambda start, stop: 0)
     side(manager, plan, pool, None, "tcp", TransportConfig())
-    assert ended.wait(5)
+    assert ended.wait(60)
 
 
 def test_a_thread_that_ends_by_itself_is_no_failure(ended, monkeypatch):
     done = threading.Event()
     vital.start("sender", done.set)
-    assert done.wait(5)
+    assert done.wait(60)
     assert not ended.wait(0.2)
 
 
@@ -72,6 +72,6 @@ def test_the_end_is_told_to_the_parent_as_sglang_does():
             sglang_host.end_worker()
             os._exit(0)
         os.waitpid(child, 0)
-        assert heard.wait(5)
+        assert heard.wait(60)
     finally:
         signal.signal(signal.SIGQUIT, before)

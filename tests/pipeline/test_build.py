@@ -425,7 +425,15 @@ def test_killed_at_any_moment_it_is_never_taken_for_whole_and_resumes(
 
 
 def test_kill_9(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
-    command = [sys.executable, "-m", "pdtrim_deploy", "build", str(recipe_file()), "--out", str(tmp_path / "b")]
+    """Behind the step "prune" at once, or where a busy machine does not run this process then, within the next step."""
+    program = """
+import sys, time
+from pdtrim_deploy.cli import main
+from pdtrim_deploy.pipeline import select_kv
+select_kv.select_kv = lambda *_, **__: time.sleep(600)
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, "build", str(recipe_file()), "--out", str(tmp_path / "b")]
     process = subprocess.Popen([*command, "--cache-dir", str(cache.root)], stderr=subprocess.DEVNULL)
     while "prune" not in Journal(tmp_path / "b").steps:
         assert process.poll() is None

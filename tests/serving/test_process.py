@@ -13,7 +13,7 @@ import pytest
 from pdtrim_deploy.serving.process import ServerProcess, log_tail, session_members, stop_all
 
 CHILD = Path(__file__).with_name("child.py")
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 def until(condition, what):

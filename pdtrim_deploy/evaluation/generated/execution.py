@@ -50,7 +50,7 @@ def passes(*parts: str, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> bool:
             finally:
                 child.terminate()  # it kills what it started
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(5)
+                    child.wait(30)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()

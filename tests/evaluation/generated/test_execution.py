@@ -27,7 +27,7 @@ from pdtrim_deploy.evaluation.generated.execution import passes
     ids=["right", "prints", "wrong", "no Python", "exit", "early end", "killed", "memory", "file", "memory, caught"],
 )
 def test_only_a_program_that_reaches_its_end_passes(program: str, right: bool) -> None:
-    assert passes(program) is right
+    assert passes(program, wall_s=120.0) is right
 
 
 def test_time_is_limited() -> None:
@@ -51,10 +51,13 @@ def test_it_runs_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux")
-@pytest.mark.parametrize(("rest", "right"), [("pass", True), ("time.sleep(60)", False)], ids=["ends", "is ended"])
+@pytest.mark.parametrize(("rest", "right"), [("pass", True), ("time.sleep(600)", False)], ids=["ends", "is ended"])
 def test_what_it_starts_in_another_session_ends_with_it(tmp_path: Path, rest: str, right: bool) -> None:
     noted = tmp_path / "pid"
-    starts = "child = subprocess.Popen(['/bin/sleep', '60'], start_new_session=True)"
+    starts = "child = subprocess.Popen(['/bin/sleep', '600'], start_new_session=True)"
     notes = f"open({str(noted)!r}, 'w').write(str(child.pid))"
-    assert passes(f"import subprocess, time\n{starts}\n{notes}\n{rest}", wall_s=30.0 if right else 5.0) is right
+    for wall_s in (120.0,) if right else (5.0, 30.0, 90.0):  # a busy machine may begin late
+        assert passes(f"import subprocess, time\n{starts}\n{notes}\n{rest}", wall_s=wall_s) is right
+        if noted.exists():
+            break
     assert not Path("/proc", noted.read_text()).exists()
