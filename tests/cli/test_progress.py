@@ -6,7 +6,7 @@ import time
 from pdtrim_deploy.cli.progress import Progress
 
 
-def said(capsys, beginning):
+def printed_until(capsys, beginning):
     """All that was printed until a line says that it goes on, which may take a while on a busy machine."""
     printed, deadline = "", time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -21,7 +21,7 @@ def test_a_silent_step_says_that_it_goes_on(capsys):
     progress = Progress(silence_s=0.05)
     with progress.show("load"):
         progress.note("round 1 of 8")
-        printed = said(capsys, "round 1 of 8")
+        printed = printed_until(capsys, "round 1 of 8")
     lines = (printed + capsys.readouterr().err).splitlines()
     assert lines[0] == "load ..."
     assert [line for line in lines if line.startswith("  round 1 of 8 (") and line.endswith(" s so far)")]
@@ -33,7 +33,7 @@ def test_what_is_logged_inside_a_step_is_a_note_and_a_warning_stays(capsys, capl
     with progress.show("load"):
         logger.warning("packed by torch")
         logger.info("waiting for g++")
-        printed = said(capsys, "waiting for g++")
+        printed = printed_until(capsys, "waiting for g++")
     logger.info("more")
     lines = (printed + capsys.readouterr().err).splitlines()
     assert lines[0] == "load ..."

@@ -17,13 +17,13 @@ def equalbytes(data: dict[str, Any] | None) -> str:
     if data is None:
         return "Not measured yet: `make bench-equalbytes`."
     dense, *rows = data["rows"]
-    budgets = {_asked(row): row["values"] for row in rows if row["plan"].startswith("budget")}
+    budgets = {_reduction(row): row["values"] for row in rows if row["plan"].startswith("budget")}
     texts = [name for name in dense["values"] if not name.startswith(NEEDLE)]
     lines = [
         (
             row["plan"],
             " / ".join(f"{saved:.2f}x" for saved in row["reduction"].values()),
-            *(_cell(row["values"], dense["values"], budgets.get(_asked(row)), name) for name in texts),
+            *(_cell(row["values"], dense["values"], budgets.get(_reduction(row)), name) for name in texts),
             *(f"{fmean(values['exact']):.0%}" for name, values in row["values"].items() if name.startswith(NEEDLE)),
         )
         for row in rows
@@ -41,7 +41,7 @@ def equalbytes(data: dict[str, Any] | None) -> str:
     )
 
 
-def _asked(row: dict[str, Any]) -> str:
+def _reduction(row: dict[str, Any]) -> str:
     """The reduction that a plan was made for, as its name ends; empty for uniform wires."""
     last: str = row["plan"].split()[-1]
     return last if last.endswith("x") else ""
