@@ -295,8 +295,8 @@ def test_a_python_that_says_nothing_has_nothing_and_the_reason_is_kept(tmp_path)
         python = tmp_path / "python"
         python.write_text(f"#!/bin/sh\n{text}\n")
         python.chmod(0o755)
-        asked = Environment.of(python, timeout_s=1 if "sleep" in text else 100)
-        assert asked == Environment(python, problem=f"{python} {problem}")
+        environment = Environment.of(python, timeout_s=1 if "sleep" in text else 100)
+        assert environment == Environment(python, problem=f"{python} {problem}")
 
 
 def test_an_unknown_part_is_refused_with_the_valid_ones():
