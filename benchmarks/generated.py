@@ -1,9 +1,10 @@
 """Generated answers through genuine pairs: HumanEval, GSM8K, instructions about form -> results/generated.json.
 
-`make bench-generated`. Qwen2.5-Coder-0.5B, dequantised from Q4_K_M to float32. Each plan cuts KV alone; it is built,
-served by SGLang's workers behind its router, and asked every question once, greedily. What a plan answered is written
-down when a task is through (out/bench-generated), and the benchmark goes on from there: `--plans` and `--tasks` choose
-what a run does, the table has all that was ever asked at these `--items` and `--max-tokens`.
+`make bench-generated`. Qwen2.5-Coder-0.5B, dequantised from Q4_K_M to float32. A plan cuts KV alone, or blocks alone,
+refitted by least squares on the default calibration text; it is built, served by SGLang's workers behind its router, and
+asked every question once, greedily. What a plan answered is written down when a task is through (out/bench-generated),
+and the benchmark goes on from there: `--plans` and `--tasks` choose what a run does, the table has all that was ever
+asked at these `--items` and `--max-tokens`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 """`kv` of each plan's recipe; key offsets are subtracted unless it says no. Reductions are of the recipe's float32
 pool, twice those of a bfloat16 one."""
+REFIT = {"compensation": "least-squares", "sequences": 64}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "6 of 24 blocks K and V alone in prefill": {"healing": {**REFIT, "kv_only_blocks": 6}},
+    "2 of 24 blocks fewer in decode": {"pruning": {"method": "greedy", "decode_blocks": 2}, "healing": REFIT},
+}
+"""Sections of the recipes of plans that cut blocks; all prompt KV travels native."""
 QUESTIONS = ("humaneval", "gsm8k", "instructions")
 PLACE, ROOT = HERE.parent / "out" / "bench-generated", HERE.parent
 REQUESTS, POOL_TOKENS = 16, 24_576
@@ -46,7 +53,7 @@ REQUESTS, POOL_TOKENS = 16, 24_576
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plans", nargs="+", default=[*PLANS], choices=PLANS, metavar="PLAN")
+    parser.add_argument("--plans", nargs="+", default=[*PLANS, *BLOCKS], choices=[*PLANS, *BLOCKS], metavar="PLAN")
     parser.add_argument("--tasks", nargs="+", default=[*QUESTIONS], choices=QUESTIONS, metavar="TASK")
     parser.add_argument("--items", type=int, default=200, help="questions of each task, the first")
     parser.add_argument("--max-tokens", type=int, default=384, help="of an answer")
@@ -75,8 +82,8 @@ def main() -> None:
                 for task in missing:
                     row = _judged(cluster.url, plan, task, options, note)
                     log.append({"plan": plan, "task": task, **about, "machine": machine()["cpu"]} | row)
-    options.plans, options.tasks, options.again = [*PLANS], [*QUESTIONS], False
-    rows = [known(plan, task) for plan in PLANS for task in QUESTIONS]
+    options.plans, options.tasks, options.again = [*PLANS, *BLOCKS], [*QUESTIONS], False
+    rows = [known(plan, task) for plan in (*PLANS, *BLOCKS) for task in QUESTIONS]
     print(write("generated", options, [row for row in rows if row is not None]))
 
 
@@ -90,7 +97,7 @@ def _committed(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _saved(plan: str, bundle: Bundle) -> float:
     """Dense bytes of a bfloat16 pool, twice those of one in fp8, over the plan's; dense is what it is compared with."""
-    return 1.0 if plan == DENSE else 2 * bundle.plan.reduction(ASKED_AT, "fp8_e4m3")
+    return 1.0 if plan == DENSE or plan in BLOCKS else 2 * bundle.plan.reduction(ASKED_AT, "fp8_e4m3")
 
 
 def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: Any) -> dict[str, Any]:
@@ -114,8 +121,9 @@ def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: A
 def _built(plan: str, note: Any) -> Bundle:
     file, units = PLACE / "recipe.yaml", ROOT / "recipes" / "units"
     parts = [str(units / "model" / "qwen2.5-coder-0.5b.yaml"), str(units / "calibration" / "mixed.yaml")]
-    file.write_text(json.dumps({"include": parts, "name": "generated"}))
-    recipe = Recipe.load(file).changed("benchmarks/generated.py", "kv", **PLANS[plan])
+    sections = BLOCKS.get(plan) or {"kv": PLANS[plan]}
+    file.write_text(json.dumps({"include": parts, "name": "generated"} | sections))
+    recipe = Recipe.load(file)
     folder: Path = PLACE / plan.replace(",", "").replace(" ", "-")
     return build(recipe, folder, Cache.default(), note)
 
