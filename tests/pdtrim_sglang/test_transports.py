@@ -216,6 +216,13 @@ def test_nobody_there_is_told_apart_from_a_broken_connection():
         channel.send(header(1, 10), memoryview(b""))
 
 
+def test_a_name_that_no_host_can_have_is_told_as_nobody_there():
+    """Python raises UnicodeError for it: a misspelt `announce` of one decode worker must end no prefill worker."""
+    channel = TRANSPORTS["tcp"].channel("decode..svc", 1, Listener(), CONFIG)
+    with pytest.raises(UnreachableError, match=r"cannot reach decode worker decode\.\.svc:1"):
+        channel.connect()
+
+
 def test_transports_that_let_strangers_write_are_refused_unless_one_says_so():
     with pytest.raises(RuntimeError, match="without authentication"):
         TRANSPORTS["mooncake"].server("127.0.0.1", Handler(), TransportConfig())

@@ -97,7 +97,7 @@ class SendChannel:
     def _reached(self) -> _Connection:
         try:
             return self._connected()
-        except (OSError, HandshakeError) as error:
+        except (OSError, UnicodeError, HandshakeError) as error:  # UnicodeError: no host can have this name
             raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
 
     def _connected(self) -> _Connection:
