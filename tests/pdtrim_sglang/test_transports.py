@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pdtrim_sglang import sglang_host
-from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
+from pdtrim_sglang.protocol import REPLY_BYTES, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, nixl, transport_named
+from pdtrim_sglang.transports import channel as channels
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -172,6 +173,19 @@ def test_a_lost_server_is_told_and_named(pair):
     assert f"127.0.0.1:{server.port}" in listener.next()
     with pytest.raises(TransportError, match=f"127.0.0.1:{server.port}"):
         channel.send(header(2, 10), memoryview(b""))
+
+
+def test_a_reply_that_is_cut_off_before_its_reason_is_no_success(monkeypatch):
+    """The reason tells a refusal from a success: without it, nobody would tell decode that its request has failed."""
+    refusal, listener = Reply(1, "checksum mismatch").encode(), Listener()
+    monkeypatch.setattr(channels, "introduce", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        channel = TRANSPORTS["tcp"].channel(*server.getsockname(), listener, CONFIG)
+        channel.connect()
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(refusal[:REPLY_BYTES])
+    assert listener.next() == f"lost decode worker 127.0.0.1:{channel._address[1]}: closed inside a reply"
 
 
 def test_a_silent_connection_can_be_given_up_and_the_next_one_works(pair):

@@ -78,7 +78,7 @@ class SendChannel:
         connection = self._reached()
         try:
             send(connection.socket, [fixed, *connection.link.move(slot, size, payload), aux])
-        except OSError as error:
+        except Exception as error:  # of a library, too: both ends count chunks, and where the next begins is not known
             self.close()
             raise TransportError(f"cannot send to decode worker {self._name}: {error}") from error
         return len(fixed) + size + len(aux)
@@ -121,9 +121,10 @@ class SendChannel:
         try:
             while fixed := receive(stream, bytearray(REPLY_BYTES), patient=True):
                 room, length = Reply.decode_fixed(bytes(fixed))
-                text = receive(stream, bytearray(length)) if length else b""
+                if (text := receive(stream, bytearray(length))) is None:  # what is left would be the reply of success
+                    raise ConnectionError("closed inside a reply")
                 connection.link.answered()
-                self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
+                self._listener.on_reply(Reply(room, bytes(text).decode(errors="replace")))
         except (OSError, ProtocolError) as error:
             reason = str(error)
         connection.broken = True
