@@ -15,6 +15,7 @@ from pdtrim_sglang import sglang_host
 from pdtrim_sglang.protocol import REPLY_BYTES, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, nixl, transport_named
 from pdtrim_sglang.transports import channel as channels
+from pdtrim_sglang.transports import server as servers
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -235,6 +236,21 @@ def test_a_name_that_no_host_can_have_is_told_as_nobody_there():
     channel = TRANSPORTS["tcp"].channel("decode..svc", 1, Listener(), CONFIG)
     with pytest.raises(UnreachableError, match=r"cannot reach decode worker decode\.\.svc:1"):
         channel.connect()
+
+
+@pytest.mark.parametrize("end", [channels, servers])
+def test_a_machine_that_is_out_of_threads_for_a_moment_is_no_end_of_the_worker(pair, monkeypatch, end):
+    channel, _, _, listener = pair
+
+    def none_left(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(end, "threads", SimpleNamespace(start=none_left))
+        with pytest.raises(UnreachableError, match="can't start new thread" if end is channels else "hung up|reset"):
+            channel.connect()
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1)
 
 
 def test_transports_that_let_strangers_write_are_refused_unless_one_says_so():

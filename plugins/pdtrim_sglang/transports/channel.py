@@ -17,7 +17,7 @@ from pdtrim_sglang.transports.base import (
     TransportError,
     UnreachableError,
 )
-from pdtrim_sglang.transports.handshake import HandshakeError, introduce
+from pdtrim_sglang.transports.handshake import introduce
 from pdtrim_sglang.transports.sockets import hang_up, prepare, receive, send, wake
 
 
@@ -97,7 +97,7 @@ class SendChannel:
     def _reached(self) -> _Connection:
         try:
             return self._connected()
-        except (OSError, UnicodeError, HandshakeError) as error:  # UnicodeError: no host can have this name
+        except Exception as error:  # OSError, HandshakeError; UnicodeError: no host can have this name; out of threads
             raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
 
     def _connected(self) -> _Connection:
@@ -107,13 +107,13 @@ class SendChannel:
             prepare(stream)
             try:
                 introduce(stream, self._config.credentials, self._config.connect_seconds)
-                link = self._mover.connected(stream)
+                connection = _Connection(stream, self._mover.connected(stream))
+                stream.settimeout(self._config.stall_seconds)
+                threads.start("reader of replies", self._read_replies, connection)
             except BaseException:
                 stream.close()
                 raise
-            stream.settimeout(self._config.stall_seconds)
-            self._connection = _Connection(stream, link)
-            threads.start("reader of replies", self._read_replies, self._connection)
+            self._connection = connection
         return self._connection
 
     def _read_replies(self, connection: _Connection) -> None:
