@@ -116,6 +116,24 @@ def test_a_write_that_its_library_fails_in_its_own_words_ends_the_connection(pai
     assert handler.got == [(list(range(100)), b"")]
 
 
+def test_buffers_of_a_ring_that_cannot_be_whole_are_kept_for_the_next_one():
+    """They are known to the library: freed, their memory would be somebody else's and still be written into."""
+    writer = Memory()
+    register, registered = writer.register, []
+
+    def second_fails(buffer):
+        if registered:
+            raise RuntimeError("cannot register")
+        registered.append(buffer)
+        register(buffer)
+
+    writer.register = second_fails
+    with pytest.raises(RuntimeError, match="cannot register"):
+        writer.ring(CONFIG)
+    writer.register = register
+    assert any(buffer is registered[0] for buffer in writer.ring(CONFIG))
+
+
 def test_other_threads_run_on_while_a_payload_is_copied():
     """A copy that held the interpreter's lock would stop decode's scheduler for as long."""
     size = 1 << 27
