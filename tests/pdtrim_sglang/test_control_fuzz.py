@@ -260,3 +260,18 @@ def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first
     sender.kv_mgr, sender.bootstrap_room, sender.trace_ctx = manager, 7, TraceNullContext()
     sender.abort()
     assert side.rooms._metrics.outcomes == ["aborted"]
+
+
+@pytest.mark.parametrize(("prefix", "status", "start"), [(3, KVPoll.WaitingForInput, 3), (4, KVPoll.Failed, 0)])
+def test_a_prompt_that_is_shorter_than_what_decode_has_of_it_fails_and_hangs_nobody(prefix, status, start):
+    """As where one worker truncates prompts: SGLang would hand over no chunk, and hold the request's pages for ever."""
+    from pdtrim_sglang.sender import PDTrimKVSender
+
+    manager = Manager()
+    manager.prefill_side = side = registered(prefill(manager))
+    side.sender_opened(7)
+    side._handle(Room(**WHO, room=7, prompt_tokens=9, prefix_tokens=prefix, destinations=1).frames())
+    sender = object.__new__(PDTrimKVSender)
+    sender.kv_mgr, sender.bootstrap_room, sender.prompt_tokens = manager, 7, 3
+    assert sender.pop_decode_prefix_len() == start
+    assert manager.request_status[7] == status
