@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("sglang", reason="needs the serve environment")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pdtrim_sglang.control import MOST_MESSAGE_BYTES
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.manager import PDTrimKVManager
 from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
@@ -242,6 +243,17 @@ def test_a_drafts_rows_that_decode_had_are_counted_also_if_it_had_all(reused):
     plan = side._plan
     spared = plan.payload_bytes(reused) + 100 * reused if reused else 0
     assert side.rooms._metrics.sizes == [plan.dense_bytes(3 - reused) + 100 * (3 - reused), spared]
+
+
+def test_a_long_reason_passes_the_control_channel_too():
+    """Its messages are bounded: of a longer one decode would hear nothing, and wait for its own deadline."""
+    manager, told = Manager(), []
+    side = prefill(manager)
+    manager.conclude_failure = lambda bootstrap_room, failure_reason: told.append(failure_reason)
+    manager.request_status[7] = KVPoll.WaitingForInput
+    side.rooms.fail(7, "packing failed: " + "\u00e9" * MOST_MESSAGE_BYTES)
+    assert told[0].startswith("packing failed: \u00e9")
+    assert len(told[0].encode()) < MOST_MESSAGE_BYTES
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])
