@@ -114,8 +114,8 @@ class PrefillRooms:
         if self._manager.request_status.get(room) in (None, KVPoll.Failed, KVPoll.Success):
             return
         logger.warning("pdtrim: room %s failed: %s", room, reason)
-        told = reason[:MAX_REASON_BYTES]  # a compiler's whole log, say, would not pass the control channel
-        self._manager.conclude_failure(bootstrap_room=room, failure_reason=told)
+        short = reason[:MAX_REASON_BYTES]  # a compiler's whole log, say, would not pass the control channel
+        self._manager.conclude_failure(bootstrap_room=room, failure_reason=short)
         self._metrics.ended(outcome)
 
     def arrived(self, room: int) -> None:
