@@ -17,6 +17,7 @@ from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.prefill_rooms import PrefillRooms
 from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import VERSION
+from pdtrim_sglang.request_pages import WaitingPages
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sessions import Sessions
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -85,7 +86,7 @@ def make_peer(_):
 def prefill(manager, plan=PLAN, draft_token_bytes=0):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux, side._ranks = manager, plan, AuxRows((), ()), Ranks(1, 0, 1)
-    side.sessions, side._pool = Sessions(make_peer), SimpleNamespace(draft=None)
+    side.sessions, side._pool, side._waiting = Sessions(make_peer), SimpleNamespace(draft=None), WaitingPages()
     side.rooms = PrefillRooms(manager, plan, Metrics(), side._held, draft_token_bytes)
     return side
 
@@ -247,13 +248,13 @@ def test_a_drafts_rows_that_decode_had_are_counted_also_if_it_had_all(reused):
 
 def test_a_long_reason_passes_the_control_channel_too():
     """Its messages are bounded: of a longer one decode would hear nothing, and wait for its own deadline."""
-    manager, told = Manager(), []
+    manager, reasons = Manager(), []
     side = prefill(manager)
-    manager.conclude_failure = lambda bootstrap_room, failure_reason: told.append(failure_reason)
+    manager.conclude_failure = lambda bootstrap_room, failure_reason: reasons.append(failure_reason)
     manager.request_status[7] = KVPoll.WaitingForInput
     side.rooms.fail(7, "packing failed: " + "\u00e9" * MOST_MESSAGE_BYTES)
-    assert told[0].startswith("packing failed: \u00e9")
-    assert len(told[0].encode()) < MOST_MESSAGE_BYTES
+    assert reasons[0].startswith("packing failed: \u00e9")
+    assert len(reasons[0].encode()) < MOST_MESSAGE_BYTES
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])
