@@ -22,7 +22,7 @@ class Movable(Protocol):
 def follow_pages(runner: Any, tree: Any, movable: Movable) -> None:
     """Tell `movable` of each exchange of a request's pages by the prefix cache; without a cache none ever moves."""
     pages_of = _pages_of(runner)
-    if not tree.disable:
+    if not getattr(tree, "disable", True):  # others than SGLang's own cache do not ask `insert_rows`
         tree.pdtrim_moving = lambda req: movable.moving(req.rid, lambda *tokens: pages_of(req.kv.req_pool_idx, *tokens))
 
 
