@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 MOST_TOP_LOGPROBS = 128  # sglang.srt.disaggregation.utils.MetadataBuffers of SGLang 0.5.23
+LAST_ROOM = (1 << 64) - 1
 
 
 def bad_prompt(input_ids: Sequence[int], vocabulary: int) -> str | None:
@@ -24,6 +25,11 @@ def bad_logprobs(start: int, alternatives: int, vocabulary: int) -> str | None:
         return f"logprob_start_len is {start}; valid are -1 (the answer's alone) and positions in the prompt"
     most = min(MOST_TOP_LOGPROBS, vocabulary)
     return None if 0 <= alternatives <= most else f"{alternatives} top logprobs were asked for; valid are 0 to {most}"
+
+
+def bad_room(room: int | None) -> str | None:
+    """What is wrong with a room that came past the router, or nothing: SGLang's metadata row holds 64 bits."""
+    return None if room is None or 0 <= room <= LAST_ROOM else f"bootstrap_room is {room}; valid are 0 to {LAST_ROOM}"
 
 
 def bad_stop_regex(patterns: str | Sequence[str] | None) -> str | None:

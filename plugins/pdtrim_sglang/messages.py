@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 REGISTER, ROOM = b"PDTRIM-REGISTER", b"PDTRIM-ROOM"
 MAX_BYTES = 4096
+UNREGISTERED = "never registered"  # in the reason of a failure: decode registers again before its next room
 
 
 class _Message(BaseModel):

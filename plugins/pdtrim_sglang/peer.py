@@ -169,6 +169,7 @@ class Peer:
                     self._send(packed)
             except UnreachableError as error:
                 self._unreachable(error)
+                self.forget(room)  # nothing was sent, and the scheduler may have forgotten it before
                 self._owner.fail(room, str(error))
             except TransportError as error:
                 self._owner.fail(room, str(error))
@@ -220,8 +221,8 @@ class Peer:
             sent.chunks, sent.last = sent.chunks + 1, chunk.last
         progress.prompt_tokens = chunk.prompt_tokens
         device_sum = None if packed.device_sum is None else as_bytes(packed.device_sum)
+        self._lost = False  # before: the reader of replies may hear of a loss before this thread goes on
         wire_bytes = self._channel.send(header, memoryview(packed.aux), packed.slot, packed.pieces, device_sum)
-        self._lost = False
         with progress.lock:
             if chunk.last:
                 progress.last_sent = time.monotonic()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
@@ -21,6 +23,7 @@ from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill_rooms import PrefillRooms
 from pdtrim_sglang.progress import RoomProgress
+from pdtrim_sglang.request_pages import WaitingPages
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sessions import Sessions
 from pdtrim_sglang.staging import Arena, Staging
@@ -55,6 +58,7 @@ class PrefillSide:
         self._transport = transport_named(transport)
         self._transport.prepare(manager.local_ip, config)
         self.sessions = Sessions(self._make_peer)
+        self._waiting = WaitingPages()
         self.rooms = PrefillRooms(manager, plan, TransferMetrics(), self._held, pool.draft_bytes(0, 1))
         vital.start("control channel", self._control)
 
@@ -85,10 +89,18 @@ class PrefillSide:
 
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
+        self._waiting.expect(rid, room)
         if self.staging is not None:
             self.staging.expect(rid, room, prompt_tokens)
         if self.layerwise is not None:
             self.layerwise.expect(rid, room, prompt_tokens)
+
+    @contextmanager
+    def moving(self, rid: str, pages: Callable[[int, int], Any]) -> Iterator[None]:
+        """Inside, SGLang may exchange pages of request `rid`; then `pages(start, stop)` are those of its tokens."""
+        early = nullcontext() if self.layerwise is None else self.layerwise.moving(rid, pages)
+        with self._waiting.moving(rid, pages, self._pool), early:
+            yield
 
     def first_sent(self, reused_tokens: int) -> int:
         """The first token that is sent of a prompt, of whose first `reused_tokens` decode's full layers have rows."""
@@ -107,6 +119,7 @@ class PrefillSide:
         """The scheduler is done with this room; unless decode has `opened` it, it may still do so and wait."""
         if self.layerwise is not None:  # first, so that no part leaves for a room without a sender
             self.layerwise.forget(room)
+        self._waiting.forget(room)
         self.rooms.sender_closed(room, opened)
         self.sessions.forget(room)
         if self.staging is not None:
@@ -119,7 +132,13 @@ class PrefillSide:
         self.rooms.bury(room)
 
     def submit(self, chunk: Chunk) -> None:
-        """Queue what has not left of a chunk; a failed or unknown room's is dropped, as SGLang's own backends do."""
+        """Queue what has not left of a chunk; a failed or unknown room's is dropped, as SGLang's own backends do.
+
+        Of all but the last one the prefix cache may exchange pages while it waits: those at its end that the cache did
+        not insert with it (under EAGLE, whose keys are pairs of tokens, and with windows or linear attention).
+        """
+        if not chunk.last:
+            chunk = replace(chunk, moving=self._waiting.add(chunk.room, chunk.start, chunk.stop, chunk.pages))
         if self.layerwise is not None:
             self.layerwise.submit(chunk)
         else:

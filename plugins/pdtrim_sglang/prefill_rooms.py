@@ -18,6 +18,7 @@ from pdtrim_sglang.messages import Room
 from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import RoomInfo
 from pdtrim_sglang.progress import RoomProgress
+from pdtrim_sglang.protocol import MAX_REASON_BYTES
 from pdtrim_sglang.worker import Worker
 
 MOST_ENDED = 10_000
@@ -113,7 +114,8 @@ class PrefillRooms:
         if self._manager.request_status.get(room) in (None, KVPoll.Failed, KVPoll.Success):
             return
         logger.warning("pdtrim: room %s failed: %s", room, reason)
-        self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
+        short = reason[:MAX_REASON_BYTES]  # a compiler's whole log, say, would not pass the control channel
+        self._manager.conclude_failure(bootstrap_room=room, failure_reason=short)
         self._metrics.ended(outcome)
 
     def arrived(self, room: int) -> None:

@@ -8,6 +8,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 
 from pdtrim_sglang.manager import PDTrimKVManager
+from pdtrim_sglang.messages import UNREGISTERED
 from pdtrim_sglang.state_slots import state_slot
 
 
@@ -47,6 +48,9 @@ class PDTrimKVReceiver(CommonKVReceiver):
         status = super().poll()
         if status in (KVPoll.Success, KVPoll.Failed):
             self.kv_mgr.decode_side.close_room(self.bootstrap_room)
+        # SGLang registers once with each prefill worker; where that message was lost, every request would fail.
+        if status == KVPoll.Failed and UNREGISTERED in self.kv_mgr.failure_records.get(self.bootstrap_room, ""):
+            self.invalidate_cached_bootstrap_infos()
         return status
 
     def abort(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -76,3 +76,29 @@ class RequestPages:
     def _held(self) -> list[MovingPages]:
         """The parts that a chunk refers to."""
         return [part for part in (each() for each in self.parts) if part is not None]
+
+
+class WaitingPages:
+    """Those of a worker's chunks that wait to be read, by SGLang's request; called by its scheduler's thread."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, RequestPages] = {}
+        self._rids: dict[int, str] = {}
+
+    def expect(self, rid: str, room: int) -> None:
+        """Chunks of request `rid` will be sent to `room`."""
+        self._rids[room], self._requests[rid] = rid, RequestPages()
+
+    def forget(self, room: int) -> None:
+        """No more will be sent there."""
+        self._requests.pop(self._rids.pop(room, ""), None)
+
+    def add(self, room: int, start: int, stop: int, pages: Any) -> MovingPages | None:
+        """A chunk has `pages`; None where nothing is expected to be sent there."""
+        request = self._requests.get(self._rids.get(room, ""))
+        return None if request is None else request.add(start, stop, pages)
+
+    def moving(self, rid: str, pages: Callable[[int, int], Any], pool: PoolView) -> AbstractContextManager[None]:
+        """As `RequestPages.moving`, of request `rid`."""
+        request = self._requests.get(rid)
+        return nullcontext() if request is None else request.moving(pages, pool)

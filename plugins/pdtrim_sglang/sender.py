@@ -42,9 +42,16 @@ class PDTrimKVSender(CommonKVSender):
         self.kv_mgr.prefill_side.expect(rid, self.bootstrap_room, prompt_tokens)
 
     def pop_decode_prefix_len(self) -> int:
-        """From which prompt token on SGLang is to hand over chunks: cut layers need earlier ones than full layers."""
-        self._reused_tokens = super().pop_decode_prefix_len()
-        self._start = self.kv_mgr.prefill_side.first_sent(self._reused_tokens)
+        """From which prompt token on SGLang is to hand over chunks: cut layers need earlier ones than full layers.
+
+        Behind the prompt's end it would hand over none, and nobody would compare the prompts.
+        """
+        side, reused = self.kv_mgr.prefill_side, super().pop_decode_prefix_len()
+        if reused > self.prompt_tokens:
+            reason = f"prefill sees {self.prompt_tokens} prompt tokens, decode has rows of {reused}"
+            side.rooms.fail(self.bootstrap_room, reason)
+            reused = 0
+        self._reused_tokens, self._start = reused, side.first_sent(reused)
         return self._start
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from pdtrim_sglang.messages import Register
+from pdtrim_sglang.messages import UNREGISTERED, Register
 from pdtrim_sglang.pairing import RoomInfo
 from pdtrim_sglang.peer import Chunk, Peer
 
@@ -67,7 +67,7 @@ class Sessions:
         with self._lock:
             known = self._known.get(session)
             if known is None:
-                return f"decode worker {session} never registered"
+                return f"decode worker {session} {UNREGISTERED}"
             if session in self._peers:
                 return ""
         try:

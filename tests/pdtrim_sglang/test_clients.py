@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
-from pdtrim_sglang.clients import MOST_TOP_LOGPROBS, bad_logprobs, bad_prompt, bad_stop_regex, scored_echo
+from pdtrim_sglang.clients import MOST_TOP_LOGPROBS, bad_logprobs, bad_prompt, bad_room, bad_stop_regex, scored_echo
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ def test_prompts_without_an_embedding(ids, says):
 def test_ordinary_requests_pass():
     assert bad_prompt([0, 511], 512) is None
     assert bad_logprobs(-1, 0, 512) is bad_logprobs(7, 128, 512) is None
+    assert bad_room(None) is bad_room(0) is bad_room((1 << 64) - 1) is None
     assert bad_stop_regex(None) is bad_stop_regex("a+") is bad_stop_regex(["a", "b?"]) is None
     assert scored_echo(True, None) is scored_echo(False, 0) is None
 
@@ -28,6 +29,12 @@ def test_ordinary_requests_pass():
 @pytest.mark.parametrize(("start", "alternatives"), [(-2, 0), (0, 129), (0, -1)])
 def test_logprobs_out_of_range(start, alternatives):
     assert bad_logprobs(start, alternatives, 512)
+
+
+@pytest.mark.parametrize("room", [-1, 1 << 64])
+def test_rooms_that_workers_cannot_name(room):
+    """SGLang's metadata row, and our message, hold no such number: each would end a scheduler."""
+    assert f"bootstrap_room is {room}" in bad_room(room)
 
 
 def test_as_many_alternatives_as_sglangs_metadata_row_holds():
@@ -55,6 +62,9 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
         front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     request.top_logprobs_num, request.sampling_params = 0, {"stop_regex": ["a+", "((("]}
     with pytest.raises(ValueError, match=r"'\(\(\(' is no regular expression"):
+        front_end.refuse_request(lambda *arguments: None, manager, request, [5])
+    request.sampling_params, request.bootstrap_room = {}, -1
+    with pytest.raises(ValueError, match="bootstrap_room is -1"):
         front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     body = SimpleNamespace(echo=True, logprobs=1)
     for mode, says in (("prefill", "echo with logprobs"), ("decode", "echo with logprobs"), ("null", "")):

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("sglang", reason="needs the serve environment")
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pdtrim_sglang.control import MOST_MESSAGE_BYTES
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.manager import PDTrimKVManager
 from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
@@ -16,6 +17,7 @@ from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.prefill_rooms import PrefillRooms
 from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import VERSION
+from pdtrim_sglang.request_pages import WaitingPages
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sessions import Sessions
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -84,7 +86,7 @@ def make_peer(_):
 def prefill(manager, plan=PLAN, draft_token_bytes=0):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux, side._ranks = manager, plan, AuxRows((), ()), Ranks(1, 0, 1)
-    side.sessions, side._pool = Sessions(make_peer), SimpleNamespace(draft=None)
+    side.sessions, side._pool, side._waiting = Sessions(make_peer), SimpleNamespace(draft=None), WaitingPages()
     side.rooms = PrefillRooms(manager, plan, Metrics(), side._held, draft_token_bytes)
     return side
 
@@ -244,6 +246,17 @@ def test_a_drafts_rows_that_decode_had_are_counted_also_if_it_had_all(reused):
     assert side.rooms._metrics.sizes == [plan.dense_bytes(3 - reused) + 100 * (3 - reused), spared]
 
 
+def test_a_long_reason_passes_the_control_channel_too():
+    """Its messages are bounded: of a longer one decode would hear nothing, and wait for its own deadline."""
+    manager, reasons = Manager(), []
+    side = prefill(manager)
+    manager.conclude_failure = lambda bootstrap_room, failure_reason: reasons.append(failure_reason)
+    manager.request_status[7] = KVPoll.WaitingForInput
+    side.rooms.fail(7, "packing failed: " + "\u00e9" * MOST_MESSAGE_BYTES)
+    assert reasons[0].startswith("packing failed: \u00e9")
+    assert len(reasons[0].encode()) < MOST_MESSAGE_BYTES
+
+
 @pytest.mark.parametrize("first", ["prefill", "decode"])
 def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first(first):
     from pdtrim_sglang.sender import PDTrimKVSender
@@ -260,3 +273,18 @@ def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first
     sender.kv_mgr, sender.bootstrap_room, sender.trace_ctx = manager, 7, TraceNullContext()
     sender.abort()
     assert side.rooms._metrics.outcomes == ["aborted"]
+
+
+@pytest.mark.parametrize(("prefix", "status", "start"), [(3, KVPoll.WaitingForInput, 3), (4, KVPoll.Failed, 0)])
+def test_a_prompt_that_is_shorter_than_what_decode_has_of_it_fails_and_hangs_nobody(prefix, status, start):
+    """As where one worker truncates prompts: SGLang would hand over no chunk, and hold the request's pages for ever."""
+    from pdtrim_sglang.sender import PDTrimKVSender
+
+    manager = Manager()
+    manager.prefill_side = side = registered(prefill(manager))
+    side.sender_opened(7)
+    side._handle(Room(**WHO, room=7, prompt_tokens=9, prefix_tokens=prefix, destinations=1).frames())
+    sender = object.__new__(PDTrimKVSender)
+    sender.kv_mgr, sender.bootstrap_room, sender.prompt_tokens = manager, 7, 3
+    assert sender.pop_decode_prefix_len() == start
+    assert manager.request_status[7] == status

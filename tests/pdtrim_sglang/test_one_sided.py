@@ -96,6 +96,44 @@ def test_what_is_written_before_the_check_is_found(pair):
     assert not handler.got
 
 
+def test_a_write_that_its_library_fails_in_its_own_words_ends_the_connection(pair):
+    """Else the two ends would go on with different places, and every later chunk be found damaged."""
+    channel, writer, handler, listener = pair
+    handler.gate.set()
+    write = writer.write
+
+    def fails(*_):
+        raise RuntimeError("the transfer cannot be released")
+
+    writer.write = fails
+    with pytest.raises(TransportError, match="the transfer cannot be released"):
+        channel.send(HEADER, memoryview(b""))
+    assert "lost decode worker" in listener.events.get(timeout=5)
+    writer.write = write
+    channel.slots[0][:100] = torch.arange(100, dtype=torch.uint8)
+    channel.send(HEADER, memoryview(b""))
+    assert listener.events.get(timeout=5) == Reply(1)
+    assert handler.got == [(list(range(100)), b"")]
+
+
+def test_buffers_of_a_ring_that_cannot_be_whole_are_kept_for_the_next_one():
+    """They are known to the library: freed, their memory would be somebody else's and still be written into."""
+    writer = Memory()
+    register, registered = writer.register, []
+
+    def second_fails(buffer):
+        if registered:
+            raise RuntimeError("cannot register")
+        registered.append(buffer)
+        register(buffer)
+
+    writer.register = second_fails
+    with pytest.raises(RuntimeError, match="cannot register"):
+        writer.ring(CONFIG)
+    writer.register = register
+    assert any(buffer is registered[0] for buffer in writer.ring(CONFIG))
+
+
 def test_other_threads_run_on_while_a_payload_is_copied():
     """A copy that held the interpreter's lock would stop decode's scheduler for as long."""
     size = 1 << 27

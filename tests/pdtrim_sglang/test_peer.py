@@ -83,6 +83,13 @@ def served(plan, offsets=None):
     return plan, pool, channel, owner, peer
 
 
+def eventually(holds):
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def chunk(start, stop, pages_start=0, span=None):
     return Chunk(1, list(PAGES), pages_start, TOKENS, start, stop, stop == TOKENS, 0, span=span)
 
@@ -281,6 +288,36 @@ def test_a_peer_that_lost_its_connection_may_go_when_nothing_is_left_to_do(world
     channel.close = closed.set
     peer.close()
     assert closed.wait(60)
+
+
+def test_a_loss_that_is_heard_of_before_the_sender_goes_on_is_not_forgotten(world):
+    """Else what is kept for a decode worker that is gone would be kept for ever."""
+    *_, channel, owner, peer = world
+    send = channel.send
+
+    def lost_at_once(*chunk):
+        size = send(*chunk)
+        peer.on_lost("gone")
+        return size
+
+    channel.send = lost_at_once
+    peer.submit(chunk(0, 13))
+    eventually(lambda: not peer._open)
+    assert owner.failed == ["gone"]
+    assert peer.gone
+
+
+def test_a_request_that_ends_just_before_nobody_is_reached_keeps_no_peer(world):
+    *_, channel, owner, peer = world
+
+    def unreachable(*_):
+        raise UnreachableError("cannot reach decode worker h:1")
+
+    channel.send = unreachable
+    owner.is_live = lambda room: peer.forget(room) or True  # the scheduler comes between this check and what follows
+    peer.submit(chunk(0, 13))
+    eventually(lambda: not peer._open)
+    assert peer.gone
 
 
 @pytest.mark.parametrize("ends", ["between chunks", "before the reply"])

@@ -27,7 +27,7 @@ def _sglang():
 class Decode:
     """A decode worker's tree after `keep_received_rows_only` has seen it."""
 
-    def __init__(self, folder, page_size, serves_plan=True, sends=INT8):
+    def __init__(self, folder, page_size, serves_plan=True, sends=INT8, eagle=False):
         from pdtrim_sglang.patches.reuse import keep_received_rows_only
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
@@ -37,7 +37,7 @@ class Decode:
         self.requests, self.allocator = make_memory(folder, self.plan, page_size)
         params = CacheInitParams(
             disable=False, req_to_token_pool=self.requests, token_to_kv_pool_allocator=self.allocator,
-            page_size=page_size, tree_components=(ComponentType.FULL,),
+            page_size=page_size, tree_components=(ComponentType.FULL,), is_eagle=eagle,
         )  # fmt: skip
         self.tree = UnifiedRadixCache(params)
         manager = SimpleNamespace(serves_plan=serves_plan)
@@ -251,3 +251,42 @@ def test_prefills_cache_moves_pages_inside_our_lock_and_parts_have_the_new_ones(
     assert prefill.allocator.available_size() == free + PROMPT - PROMPT % 4
     assert first[0].moving.pages.tolist() == pages[0]
     assert second[0].moving.pages.tolist() == [*pages[0][:-1], pages[1][-1]]  # the last page, not full, stays its own
+
+
+@pytest.mark.parametrize("eagle", [False, True])
+def test_a_chunk_that_waits_is_read_from_where_prefills_cache_has_moved_its_pages(tmp_path, eagle):
+    """EAGLE's keys are pairs of tokens: a chunk's last page is inserted, and may be exchanged, with the next chunk."""
+    from pdtrim_sglang.packing import Chunk
+    from pdtrim_sglang.patches.passes import follow_pages
+    from pdtrim_sglang.pool import PoolView
+    from pdtrim_sglang.prefill import PrefillSide
+    from pdtrim_sglang.request_pages import WaitingPages
+    from sglang.srt.mem_cache.common import checkpoint_kv_cache
+
+    prefill, queued, page, cut = Decode(tmp_path, 4, serves_plan=False, sends=(KVSend(),), eagle=eagle), [], 4, 12
+    side = object.__new__(PrefillSide)
+    side._pool, side._waiting, side._queue = PoolView.of(prefill.allocator.get_kvcache()), WaitingPages(), queued.extend
+    follow_pages(
+        SimpleNamespace(token_to_kv_pool_allocator=prefill.allocator, req_to_token_pool=prefill.requests),
+        prefill.tree, side,
+    )  # fmt: skip
+    requests = []
+    for name in "ab":  # the same prompt, computed at once
+        requests.append(req := prefill.request(list(range(PROMPT))))
+        req.rid = name
+        prefill.receive(req)
+        side.expect(name, ord(name), PROMPT)
+
+    def pages(req):
+        return (prefill.requests.req_to_token[req.kv.req_pool_idx, :cut:page] // page).tolist()
+
+    for req in requests:
+        req.extend_end = cut
+        checkpoint_kv_cache(req, prefill.tree)
+        side.submit(Chunk(ord(req.rid), pages(req), 0, PROMPT, 0, cut, False, 0))
+    before = pages(requests[1])
+    for req in requests:
+        req.extend_end = PROMPT
+        checkpoint_kv_cache(req, prefill.tree)
+    assert (pages(requests[1]) != before) is eagle, "the second one's page is free now"
+    assert [list(chunk.moving.pages) for chunk in queued] == [pages(req) for req in requests]

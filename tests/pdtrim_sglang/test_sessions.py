@@ -179,3 +179,22 @@ def test_a_decode_worker_that_registers_and_vanishes_leaves_nothing_behind(side)
     side.hear(register("127.0.0.1:1"))
     eventually(lambda: "127.0.0.1:1" in side.sessions._known)
     eventually(lambda: not side.sessions._peers)
+
+
+@pytest.mark.parametrize(("ours", "registers_again"), [(True, True), (False, False)])
+def test_a_decode_worker_whose_registration_was_lost_registers_again(side, ours, registers_again):
+    """SGLang says it once: without that, all of its requests would fail until one of the two workers restarts."""
+    from pdtrim_sglang.receiver import PDTrimKVReceiver
+
+    side.hear(opened("127.0.0.1:1", 1))
+    reason = side._manager.failed.get(timeout=10) if ours else "decode ran out of memory"
+    infos = [{"rank_ip": "127.0.0.1", "rank_port": 9}]
+    manager = SimpleNamespace(
+        check_status=lambda _: KVPoll.Failed, failure_records={1: reason}, connection_pool={"prefill": infos},
+        connection_lock=threading.Lock(), decode_side=SimpleNamespace(close_room=lambda _: None),
+    )  # fmt: skip
+    receiver = object.__new__(PDTrimKVReceiver)
+    receiver.kv_mgr, receiver.bootstrap_room, receiver.conclude_state = manager, 1, None
+    receiver._connection_pool_entries = {"prefill": infos}
+    assert receiver.poll() == KVPoll.Failed
+    assert bool(manager.connection_pool) is not registers_again

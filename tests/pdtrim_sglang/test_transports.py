@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pdtrim_sglang import sglang_host
-from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
+from pdtrim_sglang.protocol import REPLY_BYTES, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, nixl, transport_named
+from pdtrim_sglang.transports import channel as channels
+from pdtrim_sglang.transports import server as servers
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -174,6 +176,19 @@ def test_a_lost_server_is_told_and_named(pair):
         channel.send(header(2, 10), memoryview(b""))
 
 
+def test_a_reply_that_is_cut_off_before_its_reason_is_no_success(monkeypatch):
+    """The reason tells a refusal from a success: without it, nobody would tell decode that its request has failed."""
+    refusal, listener = Reply(1, "checksum mismatch").encode(), Listener()
+    monkeypatch.setattr(channels, "introduce", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        channel = TRANSPORTS["tcp"].channel(*server.getsockname(), listener, CONFIG)
+        channel.connect()
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(refusal[:REPLY_BYTES])
+    assert listener.next() == f"lost decode worker 127.0.0.1:{channel._address[1]}: closed inside a reply"
+
+
 def test_a_silent_connection_can_be_given_up_and_the_next_one_works(pair):
     channel, _, handler, listener = pair
     gate = threading.Event()
@@ -215,6 +230,28 @@ def test_nobody_there_is_told_apart_from_a_broken_connection():
         channel = TRANSPORTS["tcp"].channel("127.0.0.1", port, Listener(), CONFIG)
         with pytest.raises(UnreachableError, match=f"cannot reach decode worker 127.0.0.1:{port}"):
             channel.send(header(1, 10), memoryview(b""))
+
+
+def test_a_name_that_no_host_can_have_is_told_as_nobody_there():
+    """Python raises UnicodeError for it: a misspelt `announce` of one decode worker must end no prefill worker."""
+    channel = TRANSPORTS["tcp"].channel("decode..svc", 1, Listener(), CONFIG)
+    with pytest.raises(UnreachableError, match=r"cannot reach decode worker decode\.\.svc:1"):
+        channel.connect()
+
+
+@pytest.mark.parametrize("end", [channels, servers])
+def test_a_machine_that_is_out_of_threads_for_a_moment_is_no_end_of_the_worker(pair, monkeypatch, end):
+    channel, _, _, listener = pair
+
+    def none_left(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(end, "threads", SimpleNamespace(start=none_left))
+        with pytest.raises(UnreachableError, match="can't start new thread" if end is channels else "hung up|reset"):
+            channel.connect()
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1)
 
 
 def test_transports_that_let_strangers_write_are_refused_unless_one_says_so():

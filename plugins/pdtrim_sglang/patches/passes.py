@@ -5,11 +5,36 @@ Its radix cache is followed too, which may give a request other pages before its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pdtrim_sglang.layerwise import LayerwiseSends
+
+
+class Movable(Protocol):
+    """Who must hear that pages of SGLang's request `rid` move; then `pages(start, stop)` are those of its tokens."""
+
+    def moving(self, rid: str, pages: Callable[[int, int], Any]) -> AbstractContextManager[None]: ...
+
+
+def follow_pages(runner: Any, tree: Any, movable: Movable) -> None:
+    """Tell `movable` of each exchange of a request's pages by the prefix cache; without a cache none ever moves."""
+    pages_of = _pages_of(runner)
+    if not getattr(tree, "disable", True):  # others than SGLang's own cache do not ask `insert_rows`
+        tree.pdtrim_moving = lambda req: movable.moving(req.rid, lambda *tokens: pages_of(req.kv.req_pool_idx, *tokens))
+
+
+def _pages_of(runner: Any) -> Callable[[Any, int, int], Any]:
+    """Pages, int32, of tokens `[start, stop)` of the request that holds a row of SGLang's `req_to_token`."""
+    allocator, table = runner.token_to_kv_pool_allocator, runner.req_to_token_pool
+
+    def pages_of(row: Any, start: int, stop: int) -> Any:
+        slots = table.req_to_token[row, start : stop : allocator.page_size].flatten()
+        return allocator.translate_kv_indices_for_transfer(slots) // allocator.page_size
+
+    return pages_of
 
 
 def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
@@ -30,12 +55,7 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
             f"pdtrim: {type(tree).__name__} may move rows that leave by layer, and does not say so: start prefill with "
             "--disable-radix-cache, or serve without --send-by-layer"
         )
-    forward, attend, allocator = runner.forward, runner.attn_backend.forward, runner.token_to_kv_pool_allocator
-    page_size, table = allocator.page_size, runner.req_to_token_pool
-
-    def pages_of(row: Any, start: int, stop: int) -> Any:
-        slots = table.req_to_token[row, start:stop:page_size].flatten()
-        return allocator.translate_kv_indices_for_transfer(slots) // page_size
+    forward, attend, pages_of = runner.forward, runner.attn_backend.forward, _pages_of(runner)
 
     def followed(batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.forward_mode.is_extend() or not batch.rids:
@@ -56,9 +76,5 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
         layerwise.computed(layer.layer_id)
         return result
 
-    def moving(req: Any) -> AbstractContextManager[None]:
-        return layerwise.moving(req.rid, lambda *tokens: pages_of(req.kv.req_pool_idx, *tokens))
-
     runner.forward, runner.attn_backend.forward = followed, attended
-    if not tree.disable:  # else no page ever moves
-        tree.pdtrim_moving = moving
+    follow_pages(runner, tree, layerwise)

@@ -55,8 +55,11 @@ def attach_pool(manager: Any, queue: Any) -> Any:
         runner = queue.scheduler.tp_worker.model_runner
         draft_pool = queue.draft_token_to_kv_pool if manager.kv_args.num_draft_entries else None
         attach(queue.token_to_kv_pool, runner.model, draft_pool)
-        if (layerwise := getattr(getattr(manager, "prefill_side", None), "layerwise", None)) is not None:
-            passes.follow(runner, queue.scheduler.tree_cache, layerwise)
+        if (side := getattr(manager, "prefill_side", None)) is not None:
+            tree = queue.scheduler.tree_cache
+            if side.layerwise is not None:
+                passes.follow(runner, tree, side.layerwise)
+            passes.follow_pages(runner, tree, side)
     return manager
 
 

@@ -17,7 +17,7 @@ from pdtrim_sglang.transports.base import (
     TransportError,
     UnreachableError,
 )
-from pdtrim_sglang.transports.handshake import HandshakeError, introduce
+from pdtrim_sglang.transports.handshake import introduce
 from pdtrim_sglang.transports.sockets import hang_up, prepare, receive, send, wake
 
 
@@ -78,7 +78,7 @@ class SendChannel:
         connection = self._reached()
         try:
             send(connection.socket, [fixed, *connection.link.move(slot, size, payload), aux])
-        except OSError as error:
+        except Exception as error:  # of a library, too: both ends count chunks, and where the next begins is not known
             self.close()
             raise TransportError(f"cannot send to decode worker {self._name}: {error}") from error
         return len(fixed) + size + len(aux)
@@ -97,7 +97,7 @@ class SendChannel:
     def _reached(self) -> _Connection:
         try:
             return self._connected()
-        except (OSError, HandshakeError) as error:
+        except Exception as error:  # OSError, HandshakeError; UnicodeError: no host can have this name; out of threads
             raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
 
     def _connected(self) -> _Connection:
@@ -107,13 +107,13 @@ class SendChannel:
             prepare(stream)
             try:
                 introduce(stream, self._config.credentials, self._config.connect_seconds)
-                link = self._mover.connected(stream)
+                connection = _Connection(stream, self._mover.connected(stream))
+                stream.settimeout(self._config.stall_seconds)
+                threads.start("reader of replies", self._read_replies, connection)
             except BaseException:
                 stream.close()
                 raise
-            stream.settimeout(self._config.stall_seconds)
-            self._connection = _Connection(stream, link)
-            threads.start("reader of replies", self._read_replies, self._connection)
+            self._connection = connection
         return self._connection
 
     def _read_replies(self, connection: _Connection) -> None:
@@ -121,9 +121,10 @@ class SendChannel:
         try:
             while fixed := receive(stream, bytearray(REPLY_BYTES), patient=True):
                 room, length = Reply.decode_fixed(bytes(fixed))
-                text = receive(stream, bytearray(length)) if length else b""
+                if (text := receive(stream, bytearray(length))) is None:  # what is left would be the reply of success
+                    raise ConnectionError("closed inside a reply")
                 connection.link.answered()
-                self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
+                self._listener.on_reply(Reply(room, bytes(text).decode(errors="replace")))
         except (OSError, ProtocolError) as error:
             reason = str(error)
         connection.broken = True

@@ -71,7 +71,15 @@ class Writer(ABC):
 
     def ring(self, config: TransportConfig) -> list[Tensor]:
         """Buffers for the slots of one connection."""
-        return [self.take(config.staging_bytes, config.device) for _ in range(config.staging_slots)]
+        buffers = list[Tensor]()
+        try:
+            for _ in range(config.staging_slots):
+                buffers.append(self.take(config.staging_bytes, config.device))
+        except BaseException:  # out of memory, say: those that are registered stay so
+            for buffer in buffers:
+                self.give(buffer)
+            raise
+        return buffers
 
     def try_device(self, config: TransportConfig) -> None:
         """RuntimeError, one sentence, when slots of `config` are to be on a GPU whose memory cannot be registered."""

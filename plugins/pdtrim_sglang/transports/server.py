@@ -116,7 +116,12 @@ class ReceiveServer:
             for oldest in list(self._unknown)[: -self._config.connections]:
                 logger.warning("pdtrim: dropping a connection: %d came since, and it is silent", len(self._unknown) - 1)
                 wake(oldest)
-            threads.start("connection", self._serve, connection)
+            try:
+                threads.start("connection", self._serve, connection)
+            except RuntimeError as error:
+                logger.warning("pdtrim: dropping a connection: %s", error)  # out of threads: it may pass
+                self._unknown.pop(connection)
+                connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         room, member = 0, _Member(connection, self._handler, self._config)
