@@ -2,9 +2,9 @@
 
 `make bench-generated`. Qwen2.5-Coder-0.5B, dequantised from Q4_K_M to float32. A plan cuts KV alone, or blocks alone,
 refitted by least squares on the default calibration text; it is built, served by SGLang's workers behind its router,
-and asked every question once, greedily. What a plan answered is written down when a task is through (out/bench-generated),
-and the benchmark goes on from there: `--plans` and `--tasks` choose what a run does, the table has all that was ever
-asked at these `--items` and `--max-tokens`.
+and asked every question once, greedily. What a plan answered is written down when a task is through
+(out/bench-generated), and the benchmark goes on from there: `--plans` and `--tasks` choose what a run does, the table
+has all that was ever asked at these `--items` and `--max-tokens`.
 """
 
 from __future__ import annotations

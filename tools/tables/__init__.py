@@ -44,7 +44,9 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated"), front.switches),
+    "switches": Table(
+        ("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated", "equalbytes"), front.switches
+    ),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
