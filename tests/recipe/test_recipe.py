@@ -166,6 +166,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "calibration.corpus is 'dir:x' but mixture is given; allowed with it: mixture []",
         ),
         ("quality: {mmlu: 0.9}", "quality.mmlu judges by MMLU's test questions but calibration reads some of them"),
+        ("quality: {gsm8k: high}", "r.yaml: quality.gsm8k is 'high'; allowed: a number above 0"),
+        ("quality: {gsm8k: 0}", "r.yaml: quality.gsm8k is 0; allowed: a number above 0"),
+        ("quality: {gsm8k: .nan}", "r.yaml: quality.gsm8k is nan; allowed: a finite number above 0"),
+        ("quality: 0.9", "r.yaml: quality is 0.9; allowed: by task, the least score over the dense model's that"),
         ("calibration: {mixture: 0}", "calibration.mixture is 0; allowed: a list of one or more"),
         ("calibration: {corpus: }", "calibration.corpus is None; allowed: brown, austen"),
         (
