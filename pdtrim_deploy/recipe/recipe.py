@@ -179,6 +179,11 @@ class Recipe(Section):
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
             )
+        if self.target and self.target.stages[0] and not healing.enabled and self.calibration.sequences < 2:
+            raise ValueError(
+                f"calibration.sequences is {self.calibration.sequences} but target may leave prefill blocks for their "
+                "K and V alone; allowed with it: at least 2, since some are held out from fitting these"
+            )
         student_sequences = healing.taught(pruning.finalists) if healing.enabled else None
         if pruning.distil and (self.calibration.sequences if student_sequences is None else student_sequences) < 2:
             section, least = (

@@ -142,6 +142,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "target: {itl: 0.8, times: {prefill: {attention: 1, mlp: 2, kv_only: 1}}}",
             "target.times.prefill.rest is missing; allowed: a number of at least 0",
         ),
+        (
+            "target: {ttft: 0.8}\ncalibration: {corpus: brown, sequences: 1}",
+            "r.yaml: calibration.sequences is 1 but target may leave prefill blocks for their K and V alone",
+        ),
         ("kv: {method: budget, reduction: 1.0}", "kv.reduction is 1.0; allowed: a number above 1"),
         ("healing: {learning_rate: .inf}", "healing.learning_rate is inf; allowed: a finite number above 0"),
         ("students: {minutes: .nan}", "students.minutes is nan; allowed: a finite number above 0"),
@@ -201,6 +205,14 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: attention-mass, n_last: 4, threshold: 0.5, sparse_layers: 3}", "sparse_layers of at least 1 or"),
         ("kv: {method: measured-harm, n_last: 4, threshold: 0.5}", "'measured-harm', which takes no threshold"),
         ("kv: {method: all}", "allowed with it: n_first + n_last of at least 1"),
+        (
+            "kv: {method: simlayerkv, n_last: 1, threshold: 0.5, prompt_tokens: 3}",
+            "r.yaml: kv.prompt_tokens is 3; allowed with simlayerkv: at least 4",
+        ),
+        (
+            "kv: {wire_dtype: int4, prompt_tokens: 3, sequences: 1}",
+            "r.yaml: kv.prompt_tokens is 3 and sequences is 1; allowed with key_offsets: at least 4",
+        ),
         ("1: 2", "r.yaml: 1 is not a known key"),
         ("name: b", "r.yaml: not valid YAML at line 3, column 1: key 'name' stands twice"),
         ("kv: {<<: {n_last: 1}, n_first: 1, n_first: 2}", "at line 3, column 35: key 'n_first' stands twice"),
