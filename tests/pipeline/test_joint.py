@@ -78,7 +78,7 @@ def test_text_that_k_and_v_alone_are_fitted_on_is_no_longer_than_the_model_takes
     recipe_of: Callable[..., Recipe],
 ) -> None:
     recipe = recipe_of(target={"ttft": 0.85}, calibration={"corpus": "brown", "length": 1025})
-    with pytest.raises(UserError, match="calibration.length is 1025 tokens; allowed: at most 1024"):
+    with pytest.raises(UserError, match=r"calibration\.length is 1025 tokens; allowed: at most 1024"):
         check_fits(recipe, 6, 1024)
 
 

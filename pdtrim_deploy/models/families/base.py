@@ -129,6 +129,8 @@ class Family(_Data):
         latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
         linear_attention: of blocks that keep a state instead of KV, whose modules are Qwen3-Next's; None of any other.
         sinks: whether each head of attention has a sink, a logit without a value.
+        ties_embeddings: whether the LM head is the embedding where config.json does not say, as transformers has it:
+            published models may leave it out.
 
     """
 
@@ -139,6 +141,7 @@ class Family(_Data):
     latents: Latents | None = None
     linear_attention: LinearAttention | None = None
     sinks: bool = False
+    ties_embeddings: bool = False
 
     @property
     def takes_windows(self) -> bool:
@@ -148,6 +151,10 @@ class Family(_Data):
     def block_windows(self, config: Mapping[str, Any], where: str = "config.json") -> tuple[int | None, ...]:
         """As `Windows.of_blocks`; empty where the family has none."""
         return self.windows.of_blocks(config, where) if self.windows else ()
+
+    def tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the LM head is the embedding."""
+        return bool(config.get("tie_word_embeddings", self.ties_embeddings))
 
     def linear_states(
         self, config: Mapping[str, Any], where: str = "config.json", dtype: StateDtype = "bfloat16"
@@ -215,7 +222,7 @@ class Family(_Data):
         ends: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": rows}
         if self.blocks:
             ends["model.norm.weight"] = rows[1:]
-            if not config.get("tie_word_embeddings", False):
+            if not self.tied(config):
                 ends["lm_head.weight"] = rows
         return ends
 
