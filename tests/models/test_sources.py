@@ -307,6 +307,13 @@ def test_ties_that_config_json_does_not_name_are_those_of_transformers(architect
     assert family.tied({}) == family.model_class.config_class().tie_word_embeddings
 
 
+def test_logits_that_are_capped_are_refused(tiny_model, cache, tmp_path):
+    """The oracle does not cap them: it would judge, and be compared with, another model."""
+    folder = tiny_model(tmp_path / "model", "Gemma3ForCausalLM", final_logit_softcapping=30.0)
+    with pytest.raises(UserError, match=r"final_logit_softcapping is 30\.0; allowed for Gemma3ForCausalLM: None"):
+        resolve(f"hf:{folder}", cache)
+
+
 @pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "SmolLM3ForCausalLM"])
 def test_a_model_whose_config_json_does_not_name_its_ties(architecture, tiny_model, cache, tmp_path):
     """As google/gemma-3-1b-it is published."""

@@ -74,6 +74,8 @@ class Blocks(_Data):
         stage_config: keys that a stage's config.json has another value of.
         exact: ends of names of tensors that keep the dtype they have, whatever the stage's.
         computes: keys of config.json that change what the weights compute, beside those that all families share.
+        needs: keys of config.json and the one value that they may have: with others there is more between or behind the
+            blocks than we run.
         served_windows: SGLang lets windowed layers attend to all tokens, so that a worker serves no longer texts.
         refused: what recipes may ask of other families, and why it would be wrong here.
 
@@ -89,6 +91,7 @@ class Blocks(_Data):
     stage_config: dict[str, Any] = Field(default_factory=dict)
     exact: tuple[str, ...] = ()
     computes: tuple[str, ...] = ()
+    needs: dict[str, Any] = Field(default_factory=dict)
     served_windows: bool = False
     refused: dict[Feature, str] = Field(default_factory=dict)
 
