@@ -143,6 +143,14 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "target.times.prefill.rest is missing; allowed: a number of at least 0",
         ),
         (
+            "target: {ttft: 0.8}\nhealing: {decode_steps: 5}",
+            "r.yaml: healing.decode_steps is 5 but decode loses no block; allowed: 0",
+        ),
+        (
+            "target: {itl: 0.8}\nhealing: {prefill_steps: 5}",
+            "r.yaml: healing.prefill_steps is 5 but prefill loses no block; allowed: 0",
+        ),
+        (
             "target: {ttft: 0.8}\ncalibration: {corpus: brown, sequences: 1}",
             "r.yaml: calibration.sequences is 1 but target may leave prefill blocks for their K and V alone",
         ),
