@@ -166,6 +166,10 @@ class KVSection(Section):
                 f"prompt_tokens is {self.prompt_tokens}; allowed: more than n_first + n_last = {self._most_kept()}, "
                 f"or nothing would be cut"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_to_halve(self) -> KVSection:
         if self.method == "simlayerkv" and self.prompt_tokens < LEAST_PROMPT:
             raise ValueError(
                 f"prompt_tokens is {self.prompt_tokens}; allowed with simlayerkv: at least {LEAST_PROMPT}, whose last "

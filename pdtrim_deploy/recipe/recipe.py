@@ -117,6 +117,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _text_for_k_and_v_alone(self) -> Recipe:
+        fits = self.target is not None and self.target.stages[0] and not self.healing.enabled
+        if fits and self.calibration.sequences < 2:
+            raise ValueError(
+                f"calibration.sequences is {self.calibration.sequences} but target may leave prefill blocks for their "
+                "K and V alone; allowed with it: at least 2, since some are held out from fitting these"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
         check_target(self.target, pruning, self.kv, healing)
@@ -180,11 +190,6 @@ class Recipe(Section):
         if self.students.steps and not pruning.distil:
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
-            )
-        if by_target[0] and not healing.enabled and self.calibration.sequences < 2:
-            raise ValueError(
-                f"calibration.sequences is {self.calibration.sequences} but target may leave prefill blocks for their "
-                "K and V alone; allowed with it: at least 2, since some are held out from fitting these"
             )
         student_sequences = healing.taught(pruning.finalists) if healing.enabled else None
         if pruning.distil and (self.calibration.sequences if student_sequences is None else student_sequences) < 2:
