@@ -117,6 +117,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_compensate(self) -> Recipe:
+        healing, pruning = self.healing, self.pruning
+        lost = self.target is not None or pruning.decode_loses or healing.kv_only_blocks
+        if healing.compensation != "none" and pruning.experts is not None and not lost:
+            raise ValueError(
+                f"healing.compensation is {healing.compensation} but experts alone are lost, which it does not make up "
+                "for; allowed: none, or pruning.decode_blocks of at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _text_for_k_and_v_alone(self) -> Recipe:
         fits = self.target is not None and self.target.stages[0] and not self.healing.enabled
         if fits and self.calibration.sequences < 2:

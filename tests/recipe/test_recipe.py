@@ -143,6 +143,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "target.times.prefill.rest is missing; allowed: a number of at least 0",
         ),
         (
+            "pruning: {experts: {decode: 2}}\nhealing: {compensation: norm}",
+            "r.yaml: healing.compensation is norm but experts alone are lost, which it does not make up for; allowed",
+        ),
+        (
             "target: {ttft: 0.8}\nhealing: {decode_steps: 5}",
             "r.yaml: healing.decode_steps is 5 but decode loses no block; allowed: 0",
         ),
