@@ -7,9 +7,11 @@ cut the layers above a threshold, or a given number of the highest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 from pdtrim_deploy.kvchoice.base import Cut, Problem, Progress, Sends
 
@@ -34,6 +36,8 @@ class ByAttention:
     def choose(self, problem: Problem, progress: Progress) -> Sends:
         """By `scores`."""
         scores = self.scores(problem, progress)
+        if not all(map(math.isfinite, scores)):
+            raise UserError("the model's attention is not numbers; load it in float32 or check its weights")
         if self.threshold is not None:
             return self.cut.above(scores, self.threshold)
         assert self.sparse_layers is not None

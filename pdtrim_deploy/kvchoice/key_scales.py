@@ -41,7 +41,11 @@ def query_squares(oracle: PDOracle, sequences: Tensor) -> Tensor:
     where a family's queries cannot be seen.
     """
     model, runner = oracle.plan.model, oracle.decode
-    heads, dim, tokens = int(oracle.decode_model.config.num_attention_heads), model.head_dim, sequences.shape[1]
+    heads, dim = int(oracle.decode_model.config.num_attention_heads), model.head_dim
+    normed = any(hasattr(runner.layers[layer].self_attn, SOURCES[0]) for layer in runner.kv_layers)
+    if normed and sequences.shape[1] == heads:  # else nobody could tell tokens from heads, whichever comes first
+        sequences = sequences[:, :-1]
+    tokens = sequences.shape[1]
     total = torch.zeros(len(runner.kv_layers), model.num_kv_heads, dim // 2, dtype=torch.float64)
 
     def add(of_layer: Tensor, _module: nn.Module, _arguments: Any, queries: Tensor) -> None:

@@ -144,7 +144,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
         )
     index = read_tensor_index(folder)
-    tensors = {n: t for n, t in index.items() if _is_weight(n, config, quantized)}
+    tensors = {n: t for n, t in index.items() if _is_weight(n, family.tied(config), quantized)}
     shapes = family.required_tensors(config)
     missing = sorted(shapes.keys() - tensors.keys())
     if missing and family.blocks is None:
@@ -168,24 +168,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if tensors[name].shape != shape:
             has = list(tensors[name].shape)
             raise UserError(f"{folder}: {name} is {has} but by config.json {list(shape)}; get the model again")
-    _check_tied(folder, config, index)
+    _check_tied(folder, family.tied(config), index)
     return Checkpoint(folder, config, family, "", tensors, quantized)
 
 
-def _is_weight(name: str, config: dict[str, Any], quantized: Quantized | None) -> bool:
+def _is_weight(name: str, tied: bool, quantized: Quantized | None) -> bool:
     """Not a buffer of old exports, not a second copy of tied embeddings: neither changes what the model is.
 
     Nor a scale of an fp8 KV pool: the plan chooses its pools, and has them without scales.
     """
     if quantized is not None and is_kv_scale(name):
         return False
-    tied = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
-    return not tied and not name.endswith("rotary_emb.inv_freq")
+    return not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
 
 
-def _check_tied(folder: Path, config: dict[str, Any], index: dict[str, TensorInfo]) -> None:
+def _check_tied(folder: Path, tied: bool, index: dict[str, TensorInfo]) -> None:
     """Transformers runs an LM head that differs from the embeddings, whatever config.json says; we drop it."""
-    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in index:
+    if not tied or "lm_head.weight" not in index:
         return
     both = {name: index[name] for name in ("lm_head.weight", "model.embed_tokens.weight")}
     if len({digest for _, digest in tensor_digests(dict(both))}) > 1:

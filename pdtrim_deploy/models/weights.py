@@ -54,7 +54,8 @@ class ModelSizes:
         mlps = _mlps(config)
         experts = _experts(config)
         active = attention + mlps[-1] - (experts.each * (experts.count - experts.top_k) if experts else 0)
-        ends = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
+        tied = known_family((config.get("architectures") or [""])[0]).tied(config)
+        ends = (1 if tied else 2) * vocabulary * hidden
         return cls(
             blocks=blocks,
             hidden=hidden,

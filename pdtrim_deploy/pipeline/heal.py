@@ -101,6 +101,12 @@ def healed(context: Context) -> dict[Stage, dict[str, Any]]:
     return json.loads((context.out / HEALING).read_text())["healing"] if needed(context.recipe) else {}
 
 
+def left_out(context: Context) -> tuple[Stage, ...]:
+    """Stages that are not rescaled, since it did not help them."""
+    rescaled = json.loads((context.out / HEALING).read_text())["rescaled"] if needed(context.recipe) else {}
+    return tuple(stage for stage in STAGES if stage in rescaled and not rescaled[stage]["kept"])
+
+
 def _holds_model(context: Context) -> bool:
     return holds_model(context.recipe, ModelSizes.of(context.checkpoint.config))
 

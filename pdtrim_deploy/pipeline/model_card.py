@@ -5,7 +5,7 @@ Cards are not sealed: `pdtrim-deploy eval` writes the measured loss into them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +36,21 @@ pdtrim-deploy verify BUNDLE"""
 
 
 def write_cards(
-    out: Path, plan: PDPlan, recipe: Recipe, base: Provenance, healed: parts.Healed, short: str | None = None
+    out: Path,
+    plan: PDPlan,
+    recipe: Recipe,
+    base: Provenance,
+    healed: parts.Healed,
+    short: str | None = None,
+    left_out: Collection[Stage] = (),
 ) -> None:
     """A card for each checkpoint of the bundle at `out`.
 
-    `healed` is what `pipeline.heal_kv.healed` says, `short` what `pipeline.fit_tokens` does of text that is too short.
+    `healed` is what `pipeline.heal_kv.healed` says, `short` what `pipeline.fit_tokens` does of text that is too short,
+    `left_out` what `pipeline.heal.left_out` does of compensation that did not help.
     """
     for folder, stage in plan.checkpoints.items():
-        write_atomic(out / folder / CARD, card(plan, recipe, stage, base, healed, short))
+        write_atomic(out / folder / CARD, card(plan, recipe, stage, base, healed, short, left_out))
 
 
 def refresh_cards(bundle: Path, quality: Quality) -> None:
@@ -71,7 +78,13 @@ def _refresh(bundle: Path, marks: tuple[str, str], text: str) -> None:
 
 
 def card(
-    plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: parts.Healed, short: str | None = None
+    plan: PDPlan,
+    recipe: Recipe,
+    stage: Stage,
+    base: Provenance,
+    healed: parts.Healed,
+    short: str | None = None,
+    left_out: Collection[Stage] = (),
 ) -> str:
     """The card's text."""
     front: dict[str, Any] = {"base_model": base.hub_name} if base.hub_name else {}
@@ -82,7 +95,7 @@ def card(
         f"- Dtype: {recipe.model.dtype}",
         f"- Blocks: {parts.blocks(plan, stage)}",
         *parts.experts(plan, recipe, stage),
-        *parts.changed(plan, recipe, stage, healed),
+        *parts.changed(plan, recipe, stage, healed, compensated=stage not in left_out),
         *([f"- Short text: {short}"] if short else []),
         *([] if plan.unified else [f"- Prompt KV from prefill to decode: {parts.kv(plan, recipe)}"]),
     ]

@@ -82,11 +82,11 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     )
 
 
-def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:
-    """What was done to the weights, when something was."""
+def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed, *, compensated: bool = True) -> list[str]:
+    """What was done to the weights, when something was; `compensated`: unless compensation did not help."""
     actions = plan.actions(stage)
     done = ["students of distilled pairs"] * any(action.kind == "distilled" for action in actions)
-    if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
+    if compensated and recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
     alone = any(action.kind == "kv_only" for action in actions)
     for report in (report for report in healed.get(stage, ()) if report["kept"]):

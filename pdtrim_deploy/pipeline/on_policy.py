@@ -17,6 +17,7 @@ from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.continuation import continued
 from pdtrim_deploy.recipe import CalibrationSection
+from pdtrim_deploy.recipe.seed import seed_of_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ def with_continuations(speaker: Speaker, section: CalibrationSection, prompts: T
 def _draws(seed: int, start: int, count: int, tokens: int) -> Tensor:
     """Of each prompt by its number, so that no batch depends on those before it."""
     rows = [
-        torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+        torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed_of_part(seed, number)))
         for number in range(start, start + count)
     ]
     return torch.stack(rows)

@@ -52,7 +52,8 @@ def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
 def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
     """What each part of a build lets the model read at a time."""
     text, kv, healing = recipe.evaluation, recipe.kv, recipe.healing
-    if recipe.pruning.decode_loses or recipe.pruning.experts:
+    fits = recipe.target is not None and not healing.enabled  # K and V alone, on the text of the calibration
+    if recipe.pruning.decode_loses or recipe.pruning.experts or fits:
         yield "calibration.length", recipe.calibration.length
     if healing.enabled:
         yield "healing.length", healing.length

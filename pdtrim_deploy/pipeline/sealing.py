@@ -29,7 +29,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.models.weights import ModelSizes
-from pdtrim_deploy.pipeline import engines, heal_kv
+from pdtrim_deploy.pipeline import engines, heal, heal_kv
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.model_card import refresh_cards, refresh_recoveries, write_cards
@@ -61,7 +61,7 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     write_atomic(out / RECIPE, recipe.to_yaml())
     base = Provenance.read(context.checkpoint.path, recipe.model.source)
     short = fit_sentence(recipe, ModelSizes.of(context.checkpoint.config))
-    write_cards(out, context.plan, recipe, base, heal_kv.healed(context), short)
+    write_cards(out, context.plan, recipe, base, heal_kv.healed(context), short, heal.left_out(context))
     files = entries(out, {name for step in steps.values() for name in step.sizes}, context.note)
     _drop_reports(out, files)
     _say_loss(out, context.plan.digest, recipe.quality)

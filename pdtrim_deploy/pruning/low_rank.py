@@ -40,7 +40,12 @@ class Equations:
         return Equations(self.gram, self.cross - moved, self.error - float(lowered))
 
     def ridge(self, penalty: float) -> Tensor:
-        """The best change `[in, out]` with a penalty in units of the mean squared feature times the tokens."""
+        """The best change `[in, out]` with a penalty in units of the mean squared feature times the tokens.
+
+        None where all features are zero: no change does anything.
+        """
+        if not self.gram.any():
+            return torch.zeros_like(self.cross)
         eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         regular = self.gram + penalty * self.gram.diagonal().mean() * eye
         return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular))

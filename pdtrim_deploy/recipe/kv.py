@@ -36,6 +36,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "budget": ("reduction", "max_loss", "sparse_choices", "wire_choices", "recall", "longer_prompts"),
 }
 _LATER = {"share": 0, "longer_prompts": (), "pool_dtype": "native"}  # absent from recipes that have these values
+LEAST_PROMPT = 4  # tokens that can be halved where each half needs two
 MOST_SHARE = 1000  # of SHARE_UNIT; of more, short prompts lose no row, and no check could see the cut
 _ALL_TAKE = ("method", "sequences", "prompt_tokens", "continuation_tokens", "key_offsets")
 
@@ -164,6 +165,20 @@ class KVSection(Section):
             raise ValueError(
                 f"prompt_tokens is {self.prompt_tokens}; allowed: more than n_first + n_last = {self._most_kept()}, "
                 f"or nothing would be cut"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_to_halve(self) -> KVSection:
+        if self.method == "simlayerkv" and self.prompt_tokens < LEAST_PROMPT:
+            raise ValueError(
+                f"prompt_tokens is {self.prompt_tokens}; allowed with simlayerkv: at least {LEAST_PROMPT}, whose last "
+                "half looks at the first"
+            )
+        if self.measures_offsets and self.sequences == 1 and self.prompt_tokens < LEAST_PROMPT:
+            raise ValueError(
+                f"prompt_tokens is {self.prompt_tokens} and sequences is 1; allowed with key_offsets: at least "
+                f"{LEAST_PROMPT}, half of which are held out, or more sequences"
             )
         return self
 

@@ -117,6 +117,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_to_compensate(self) -> Recipe:
+        healing, pruning = self.healing, self.pruning
+        lost = self.target is not None or pruning.decode_loses or healing.kv_only_blocks
+        if healing.compensation != "none" and pruning.experts is not None and not lost:
+            raise ValueError(
+                f"healing.compensation is {healing.compensation} but experts alone are lost, which it does not make up "
+                "for; allowed: none, or pruning.decode_blocks of at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _text_for_k_and_v_alone(self) -> Recipe:
+        fits = self.target is not None and self.target.stages[0] and not self.healing.enabled
+        if fits and self.calibration.sequences < 2:
+            raise ValueError(
+                f"calibration.sequences is {self.calibration.sequences} but target may leave prefill blocks for their "
+                "K and V alone; allowed with it: at least 2, since some are held out from fitting these"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
         check_target(self.target, pruning, self.kv, healing)
@@ -163,17 +184,19 @@ class Recipe(Section):
                 f"fitted to"
             )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
+        by_target = self.target.stages if self.target else (False, False)
         if healing.prefill_steps and not (
-            self.target or pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks
+            by_target[0] or pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks
         ):
+            other = "pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             raise ValueError(
                 f"healing.prefill_steps is {healing.prefill_steps} but prefill loses no block; allowed: 0, or "
-                f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
+                f"{'target.ttft' if self.target else other}"
             )
-        if healing.decode_steps and not (self.target or pruning.decode_loses or experts["decode"]):
+        if healing.decode_steps and not (by_target[1] or pruning.decode_loses or experts["decode"]):
             raise ValueError(
                 f"healing.decode_steps is {healing.decode_steps} but decode loses no block; allowed: 0, or "
-                f"pruning.decode_blocks of at least 1"
+                f"{'target.itl' if self.target else 'pruning.decode_blocks of at least 1'}"
             )
         if self.students.steps and not pruning.distil:
             raise ValueError(

@@ -41,7 +41,7 @@ def _allowed(model: type[BaseModel], loc: tuple[str, ...]) -> str:  # noqa: PLR0
         return ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
-    if "pattern" in schema:
+    if "pattern" in schema or schema.get("type") == "object":
         return schema["description"]
     if "prefixItems" in schema:
         return f"a list of {len(schema['prefixItems'])}, each {_allowed(model, (*loc, '0'))}"
@@ -68,6 +68,7 @@ def _schema_at(model: type[BaseModel], loc: tuple[str, ...]) -> dict:
     schema = root = model.model_json_schema()
     for part in loc:
         inside = schema.get("items") or schema.get("prefixItems", [None])[0]
+        inside = inside or schema.get("additionalProperties")  # of a mapping whose keys are anybody's
         schema = inside or schema["properties"][part]
         schema = next((kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"), schema)
         if "$ref" in schema:

@@ -183,6 +183,12 @@ def test_queries_are_as_large_as_attention_sees_them(family, monkeypatch):
         torch.testing.assert_close(squares[layer].float(), pair_sums(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["Qwen3", "Apertus", "Exaone4"])
+def test_as_many_tokens_as_heads_are_not_taken_for_heads(family):
+    oracle, ids = make_oracle(tiny(family), make_plan()), text(2, HEADS)
+    torch.testing.assert_close(query_squares(oracle, ids), query_squares(oracle, ids[:, :-1]))
+
+
 def test_a_family_whose_queries_cannot_be_seen_has_no_scales(monkeypatch):
     monkeypatch.setattr("pdtrim_deploy.kvchoice.key_scales.SOURCES", ("no_such_module",))
     oracle = make_oracle(biased(), make_plan())

@@ -121,6 +121,14 @@ def test_bad_input_is_refused():
         get_selection(section("measured-harm")).choose(problem, quiet)
 
 
+@pytest.mark.parametrize("method", ["attention-mass", "simlayerkv"])
+def test_attention_that_is_not_numbers_ranks_no_layers(method):
+    problem = make_problem()
+    problem.oracle.decode_model.model.layers[1].self_attn.k_proj.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="attention is not numbers"):
+        get_selection(section(method)).choose(problem, quiet)
+
+
 def test_the_recipe_knows_every_method():
     assert set(KV_METHODS) == set(SELECTIONS)
 

@@ -12,6 +12,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import FAMILIES, resolve
 from pdtrim_deploy.models.loading import check_loads, load_model, load_tokenizer
 from pdtrim_deploy.models.surgery import write_stage
+from pdtrim_deploy.models.weights import ModelSizes
 
 
 @pytest.fixture
@@ -298,6 +299,33 @@ def test_an_lm_head_beside_tied_embeddings_must_be_their_copy(tiny_model, cache,
         return
     with pytest.raises(UserError, match=r"lm_head.weight is another than .*; set tie_word_embeddings to false"):
         resolve(f"hf:{folder}", cache)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_ties_that_config_json_does_not_name_are_those_of_transformers(architecture):
+    family = FAMILIES[architecture]
+    assert family.tied({}) == family.model_class.config_class().tie_word_embeddings
+
+
+def test_logits_that_are_capped_are_refused(tiny_model, cache, tmp_path):
+    """The oracle does not cap them: it would judge, and be compared with, another model."""
+    folder = tiny_model(tmp_path / "model", "Gemma3ForCausalLM", final_logit_softcapping=30.0)
+    with pytest.raises(UserError, match=r"final_logit_softcapping is 30\.0; allowed for Gemma3ForCausalLM: None"):
+        resolve(f"hf:{folder}", cache)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "SmolLM3ForCausalLM"])
+def test_a_model_whose_config_json_does_not_name_its_ties(architecture, tiny_model, cache, tmp_path):
+    """As google/gemma-3-1b-it is published."""
+    folder = tiny_model(tmp_path / "model", architecture, tie_word_embeddings=True)
+    named = resolve(f"hf:{folder}", cache)
+    edit_config(folder, tie_word_embeddings=None)
+    checkpoint = resolve(f"hf:{folder}", cache)
+    assert "lm_head.weight" not in checkpoint.tensors
+    assert ModelSizes.of(checkpoint.config) == ModelSizes.of(named.config)
+    write_stage(checkpoint, tmp_path / "stage", (0, 2, 5), "float32", {})
+    model = load_model(tmp_path / "stage")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_remote_code_is_never_run(copy, cache, tmp_path):

@@ -347,6 +347,8 @@ def test_rescaling_is_kept_where_it_helps_on_text_not_fitted(
     for stage in STAGES:
         last = bundle.plan.layers(stage)[-1]  # behind every gap
         assert (last in changed[stage]) == (stage == helped)
+        card = (bundle.path / stage / "README.md").read_text()
+        assert ("compensation norm" in card) == (stage == helped)
 
 
 def test_what_follows_the_choice_of_kv_makes_nothing_before_it_again(recipe_of: Callable[..., Recipe]) -> None:

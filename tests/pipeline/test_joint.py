@@ -16,7 +16,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.preview import preview
-from pdtrim_deploy.pipeline.recipe_fit import check_shared
+from pdtrim_deploy.pipeline.recipe_fit import check_fits, check_shared
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
@@ -72,6 +72,14 @@ def test_a_build_for_a_target_reaches_it(recipe_of: Callable[..., Recipe], tmp_p
     again: list[str] = []
     build(recipe, tmp_path / "b", cache, again.append)
     assert again == []
+
+
+def test_text_that_k_and_v_alone_are_fitted_on_is_no_longer_than_the_model_takes(
+    recipe_of: Callable[..., Recipe],
+) -> None:
+    recipe = recipe_of(target={"ttft": 0.85}, calibration={"corpus": "brown", "length": 1025})
+    with pytest.raises(UserError, match=r"calibration\.length is 1025 tokens; allowed: at most 1024"):
+        check_fits(recipe, 6, 1024)
 
 
 def test_a_prefill_that_runs_blocks_for_their_kv_alone_is_built_and_refitted(

@@ -17,6 +17,7 @@ from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.pipeline import build, on_policy
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.seed import MOST_SEED
 
 PROMPT, LENGTH = 24, 36
 
@@ -38,6 +39,11 @@ def context(tmp_path: Path, tiny_llama_dir: Path) -> Context:
 def again(context: Context, **calibration: object) -> Context:
     recipe = context.recipe.changed("test", "calibration", **calibration)
     return Context(recipe, context.checkpoint, context.cache, context.out, context.note)
+
+
+def test_the_largest_seed_draws_too(context: Context) -> None:
+    drawn = [again(context, seed=MOST_SEED - n).calibration(12, LENGTH, PROMPT)[:, PROMPT:] for n in range(2)]
+    assert not torch.equal(*drawn)
 
 
 def test_prompts_are_the_corpora_s_and_what_follows_is_the_model_s(context: Context) -> None:

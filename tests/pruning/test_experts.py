@@ -18,6 +18,7 @@ from pdtrim_deploy.pruning.experts import CRITERIA, ExpertUse, choose_experts, g
 from pdtrim_deploy.pruning.experts.choose import best
 from pdtrim_deploy.pruning.experts.measure import metered
 from pdtrim_deploy.recipe.experts import EXPERT_CRITERIA, ExpertsSection
+from pdtrim_deploy.recipe.seed import MOST_SEED
 
 IDS = tinyexperts.conversation()
 
@@ -88,6 +89,10 @@ def test_a_shared_set_is_ranked_on_the_tokens_of_both(checkpoint):
     two = choose(checkpoint, prefill=2, decode=2, shared=True)
     assert two.kept.prefill == two.kept.decode
     assert all({*kept} < {*USED["prompt"], *USED["answer"]} for kept in sets(two, "decode"))
+
+
+def test_random_sets_are_drawn_by_the_largest_seed_too(checkpoint):
+    assert choose(checkpoint, prefill=2, decode=2, method="random", seed=MOST_SEED).kept is not None
 
 
 def test_random_sets_depend_on_the_seed_alone(checkpoint):

@@ -90,6 +90,17 @@ def test_it_falls_back_below_ten_tokens_a_feature(count, same):
     assert torch.equal(ridge.solve(WEIGHT)[0], ridge.solve(WEIGHT, falls_back=True)[0]) == same
 
 
+@pytest.mark.parametrize("falls_back", [False, True])
+def test_a_map_that_reads_nothing_stays_as_it_is(falls_back):
+    """As the MLP of a block that somebody has zeroed."""
+    ridge = Ridge(IN, OUT, torch.device("cpu"))
+    for check in (False, True):
+        ridge.add(torch.zeros(30, IN), normal(30, OUT, seed=5), check)
+    weight, before, after = ridge.solve(WEIGHT, falls_back=falls_back)
+    assert torch.equal(weight, WEIGHT)
+    assert before == after
+
+
 def test_ranks_have_ten_tokens_for_each_unknown():
     assert most_rank(1792, 1536, 576) == 1792 * 576 // (10 * (1536 + 576)) == 48
     assert most_rank(10**9, 40, 24) == 24

@@ -142,6 +142,22 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "target: {itl: 0.8, times: {prefill: {attention: 1, mlp: 2, kv_only: 1}}}",
             "target.times.prefill.rest is missing; allowed: a number of at least 0",
         ),
+        (
+            "pruning: {experts: {decode: 2}}\nhealing: {compensation: norm}",
+            "r.yaml: healing.compensation is norm but experts alone are lost, which it does not make up for; allowed",
+        ),
+        (
+            "target: {ttft: 0.8}\nhealing: {decode_steps: 5}",
+            "r.yaml: healing.decode_steps is 5 but decode loses no block; allowed: 0",
+        ),
+        (
+            "target: {itl: 0.8}\nhealing: {prefill_steps: 5}",
+            "r.yaml: healing.prefill_steps is 5 but prefill loses no block; allowed: 0",
+        ),
+        (
+            "target: {ttft: 0.8}\ncalibration: {corpus: brown, sequences: 1}",
+            "r.yaml: calibration.sequences is 1 but target may leave prefill blocks for their K and V alone",
+        ),
         ("kv: {method: budget, reduction: 1.0}", "kv.reduction is 1.0; allowed: a number above 1"),
         ("healing: {learning_rate: .inf}", "healing.learning_rate is inf; allowed: a finite number above 0"),
         ("students: {minutes: .nan}", "students.minutes is nan; allowed: a finite number above 0"),
@@ -166,6 +182,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "calibration.corpus is 'dir:x' but mixture is given; allowed with it: mixture []",
         ),
         ("quality: {mmlu: 0.9}", "quality.mmlu judges by MMLU's test questions but calibration reads some of them"),
+        ("quality: {gsm8k: high}", "r.yaml: quality.gsm8k is 'high'; allowed: a number above 0"),
+        ("quality: {gsm8k: 0}", "r.yaml: quality.gsm8k is 0; allowed: a number above 0"),
+        ("quality: {gsm8k: .nan}", "r.yaml: quality.gsm8k is nan; allowed: a finite number above 0"),
+        ("quality: 0.9", "r.yaml: quality is 0.9; allowed: by task, the least score over the dense model's that"),
         ("calibration: {mixture: 0}", "calibration.mixture is 0; allowed: a list of one or more"),
         ("calibration: {corpus: }", "calibration.corpus is None; allowed: brown, austen"),
         (
@@ -197,6 +217,14 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: attention-mass, n_last: 4, threshold: 0.5, sparse_layers: 3}", "sparse_layers of at least 1 or"),
         ("kv: {method: measured-harm, n_last: 4, threshold: 0.5}", "'measured-harm', which takes no threshold"),
         ("kv: {method: all}", "allowed with it: n_first + n_last of at least 1"),
+        (
+            "kv: {method: simlayerkv, n_last: 1, threshold: 0.5, prompt_tokens: 3}",
+            "r.yaml: kv.prompt_tokens is 3; allowed with simlayerkv: at least 4",
+        ),
+        (
+            "kv: {wire_dtype: int4, prompt_tokens: 3, sequences: 1}",
+            "r.yaml: kv.prompt_tokens is 3 and sequences is 1; allowed with key_offsets: at least 4",
+        ),
         ("1: 2", "r.yaml: 1 is not a known key"),
         ("name: b", "r.yaml: not valid YAML at line 3, column 1: key 'name' stands twice"),
         ("kv: {<<: {n_last: 1}, n_first: 1, n_first: 2}", "at line 3, column 35: key 'n_first' stands twice"),

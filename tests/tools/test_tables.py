@@ -324,3 +324,55 @@ def test_no_page_claims_by_hand_what_has_not_run_on_a_gpu(tool):
             text = re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", "", text, flags=re.DOTALL)
         claims += [f"{page.relative_to(ROOT)}: {hit[0]}" for hit in CLAIM.finditer(" ".join(text.split()))]
     assert claims == [], "put <!-- ran: SUBJECT --><!-- end --> there, and run: make readme"
+
+
+def test_rules_at_equal_bytes_are_compared_with_the_budget_plan(tool):
+    def row(plan, losses, exact, saved=5.0):
+        values = {"brown 512": {"nll": losses}, "agents 2048": {"nll": losses}, "needle 512": {"exact": exact}}
+        return {"plan": plan, "reduction": {"512": saved, "2048": saved}, "values": values}
+
+    rows = [
+        row("dense", [3.0, 3.1, 3.2], [1.0, 1.0], 1.0),
+        row("uniform int4", [3.0, 3.1, 3.2], [1.0, 1.0]),
+        row("budget 5x", [3.01, 3.11, 3.21], [1.0, 1.0]),
+        row("StreamingLLM int4, 5x", [3.03, 3.13, 3.23], [0.0, 1.0]),
+        row("StreamingLLM int3, 5x", [3.0, 3.1, 3.28], [0.0, 0.0]),
+        row("StreamingLLM k4v3, 5x", [3.0, 3.1, 3.2], [0.0, 0.0]),
+    ]
+    text = tool.TABLES["equalbytes"].render({"environment": ENVIRONMENT, "commit": "abc", "rows": rows})
+    assert "| plan | bytes saved at 512 / 2,048 | Brown, 512 | agents, 2,048 | needles |" in text
+    assert "| uniform int4 | 5.00x / 5.00x | 0.0% ± 0.0% | 0.0% ± 0.0% | 100% |" in text
+    assert "| budget 5x | 5.00x / 5.00x | 1.0% ± 0.0% | 1.0% ± 0.0% | 100% |" in text
+    assert "| StreamingLLM int4, 5x | 5.00x / 5.00x | 3.0% ± 0.0% (higher) | 3.0% ± 0.0% (higher) | 50% |" in text
+    assert "| StreamingLLM int3, 5x | 5.00x / 5.00x | 2.7% ± 2.7% | 2.7% ± 2.7% | 0% |" in text
+    assert "0.0% ± 0.0% (lower) | 0.0% ± 0.0% (lower) | 0% |" in text
+    assert "on 3, 3 texts of 64 tokens" in text
+
+
+def test_sublayers_are_paired_with_blocks_of_their_weights_and_draw(tool):
+    def row(kind, removed, units, loss, seed=0):
+        values = {"brown": [loss, loss + 0.1], "code": [loss, loss + 0.2]}
+        dense = {"brown_dense": [3.0, 3.1], "code_dense": [3.0, 3.2]}
+        names = {"kind": kind, "seed": seed, "removed": removed, "units": units, "commit": "abc"}
+        return names | values | dense
+
+    rows = [
+        row("attention", 2, "1007, 1008", 3.01),
+        row("attention", 4, "1007, 1008, 1012, 1022", 3.03),
+        row("mlp", 1, "2013", 3.01),
+        row("block", 1, "16", 3.02),
+        row("block", 1, "17", 3.5, seed=1),
+    ]
+    options = {"calibration": 4, "length": 384, "prompt": 256, "sequences": 2}
+    text = tool.TABLES["sublayers"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
+    assert "| 2 attentions: 7, 8 | 0.5 | 1.0% ± 0.0% | 1.0% ± 0.0% |  |  |" in text
+    assert "| 4 attentions: 7, 8, 12, 22 | 1 | 3.0% ± 0.0% | 3.0% ± 0.0% | +0.010 ± 0.000 | +0.010 ± 0.000 |" in text
+    assert "| 1 MLP: 13 | 0.75 | 1.0% ± 0.0% | 1.0% ± 0.0% |  |  |" in text
+
+
+def test_the_front_page_has_the_budget_plans(tool):
+    sources = [json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources]
+    budget = next(row for row in sources[-1]["rows"] if row["plan"] == "budget 4.95x")
+    budget["values"]["needle 512"]["exact"][0] = 0.0
+    count = len(budget["values"]["needle 512"]["exact"])
+    assert f"; {count - 1} of {count} facts inside a prompt are found again" in tool.TABLES["switches"].render(*sources)

@@ -74,6 +74,8 @@ class Blocks(_Data):
         stage_config: keys that a stage's config.json has another value of.
         exact: ends of names of tensors that keep the dtype they have, whatever the stage's.
         computes: keys of config.json that change what the weights compute, beside those that all families share.
+        needs: keys of config.json and the one value that they may have: with others there is more between or behind the
+            blocks than we run.
         served_windows: SGLang lets windowed layers attend to all tokens, so that a worker serves no longer texts.
         refused: what recipes may ask of other families, and why it would be wrong here.
 
@@ -89,6 +91,7 @@ class Blocks(_Data):
     stage_config: dict[str, Any] = Field(default_factory=dict)
     exact: tuple[str, ...] = ()
     computes: tuple[str, ...] = ()
+    needs: dict[str, Any] = Field(default_factory=dict)
     served_windows: bool = False
     refused: dict[Feature, str] = Field(default_factory=dict)
 
@@ -129,6 +132,8 @@ class Family(_Data):
         latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
         linear_attention: of blocks that keep a state instead of KV, whose modules are Qwen3-Next's; None of any other.
         sinks: whether each head of attention has a sink, a logit without a value.
+        ties_embeddings: whether the LM head is the embedding where config.json does not say, as transformers has it:
+            published models may leave it out.
 
     """
 
@@ -139,6 +144,7 @@ class Family(_Data):
     latents: Latents | None = None
     linear_attention: LinearAttention | None = None
     sinks: bool = False
+    ties_embeddings: bool = False
 
     @property
     def takes_windows(self) -> bool:
@@ -148,6 +154,10 @@ class Family(_Data):
     def block_windows(self, config: Mapping[str, Any], where: str = "config.json") -> tuple[int | None, ...]:
         """As `Windows.of_blocks`; empty where the family has none."""
         return self.windows.of_blocks(config, where) if self.windows else ()
+
+    def tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the LM head is the embedding."""
+        return bool(config.get("tie_word_embeddings", self.ties_embeddings))
 
     def linear_states(
         self, config: Mapping[str, Any], where: str = "config.json", dtype: StateDtype = "bfloat16"
@@ -215,7 +225,7 @@ class Family(_Data):
         ends: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": rows}
         if self.blocks:
             ends["model.norm.weight"] = rows[1:]
-            if not config.get("tie_word_embeddings", False):
+            if not self.tied(config):
                 ends["lm_head.weight"] = rows
         return ends
 

@@ -69,6 +69,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise UserError(f"{where}: key {LATENT_KEY} is missing, which {named[0]} has; get the model again")
     experts = family.blocks.experts if family.blocks else None
     for needs, reader in (
+        (family.blocks.needs if family.blocks else {}, "the oracle computes"),
         (experts.needs if experts else {}, "SGLang reads"),
         (family.latents.implied if family.latents else {}, "SGLang and transformers both read"),
     ):

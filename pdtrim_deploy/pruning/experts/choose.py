@@ -16,6 +16,7 @@ from pdtrim_deploy.pruning.experts.measure import metered
 from pdtrim_deploy.pruning.experts.registry import get_criterion
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.recipe.experts import ExpertsSection
+from pdtrim_deploy.recipe.seed import seed_of_part
 
 Uses = Mapping[int, ExpertUse]
 Scores = Mapping[int, Tensor]
@@ -85,7 +86,7 @@ def best(scores: Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:
 def _generator(section: ExpertsSection, stage: Stage, block: int) -> torch.Generator:
     """Of a block and stage; of the block alone where stages share a set."""
     place = 0 if section.shared else STAGES.index(stage)
-    return torch.Generator().manual_seed(section.seed * 1_000_003 + len(STAGES) * block + place)
+    return torch.Generator().manual_seed(seed_of_part(section.seed, len(STAGES) * block + place))
 
 
 @dataclass(frozen=True)
