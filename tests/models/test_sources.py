@@ -316,7 +316,7 @@ def test_logits_that_are_capped_are_refused(tiny_model, cache, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "SmolLM3ForCausalLM"])
 def test_a_model_whose_config_json_does_not_name_its_ties(architecture, tiny_model, cache, tmp_path):
-    """As google/gemma-3-1b-it is published."""
+    """transformers writes no key that has its default."""
     folder = tiny_model(tmp_path / "model", architecture, tie_word_embeddings=True)
     named = resolve(f"hf:{folder}", cache)
     edit_config(folder, tie_word_embeddings=None)
