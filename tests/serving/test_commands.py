@@ -229,6 +229,15 @@ def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
     assert commands.worker_environment(PYTHON, fixed, 3, tmp_path)["OMP_NUM_THREADS"] == "5"
 
 
+def test_a_user_without_a_name_may_serve(monkeypatch, tmp_path):
+    """A container may choose any user id; then there is no name in /etc/passwd."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    compiled = commands.router_environment(PYTHON, tmp_path)["TORCHINDUCTOR_CACHE_DIR"]
+    assert compiled.endswith(f"torchinductor_{2**31 - 7}")
+
+
 def test_the_router_knows_every_worker_once():
     cluster = spec(device="cpu")
     command = commands.router_command(PYTHON, cluster)
