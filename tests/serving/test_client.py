@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pdtrim_deploy.serving import probe
-from pdtrim_deploy.serving.client import get
+from pdtrim_deploy.serving.client import explain, get
 
 
 @pytest.fixture
@@ -34,3 +34,11 @@ def test_an_answer_that_breaks_off_is_an_os_error(server, response):
         get(server(response), 5)
     assert not probe.is_healthy(server(response))
     assert probe.complaint(server(response), 5)
+
+
+def test_a_refusal_whose_words_break_off_is_explained(server):
+    cut = b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n20\r\nabc"
+    with pytest.raises(OSError, match="500") as refused:
+        get(server(cut), 5)
+    assert explain(refused.value) == "HTTP 500: "
+    assert probe.complaint(server(cut), 5) == "HTTP 500: "
