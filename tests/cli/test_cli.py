@@ -357,6 +357,12 @@ def test_a_name_that_is_no_utf8_is_one_sentence(capsys: pytest.CaptureFixture[st
     assert not (bundle / "reports").exists()
 
 
+def test_brackets_of_a_name_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "plan", make_bundle(tmp_path / "run[v2]").path, "--isl", 32, "--osl", 8)
+    assert code == 0
+    assert " run[v2] " in out.splitlines()[2]
+
+
 def test_an_address_is_no_bundle(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["loadtest"], ["eval", "--tasks", "gsm8k"], ["compare", "http://127.0.0.1:2"]):
         code, out, err = run(capsys, *arguments, "127.0.0.1:8000")
