@@ -518,6 +518,10 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
     ("arguments", "says"),
     [
         (("http://127.0.0.1:9",), "a URL needs tasks; use --tasks with gsm8k, humaneval"),
+        (
+            ("http://127.0.0.1:9", "--tasks", "gsm8k", "--against", "http://127.0.0.1:9/"),
+            "--against http://127.0.0.1:9/ is the pair itself; give the URL where the dense model is served",
+        ),
         (("http://127.0.0.1:9", "--tasks", "needle"), "'needle' is no task of a URL; use --tasks with gsm8k"),
         (("http://127.0.0.1:9", "--tasks", "gsm8k", "--seed", 1), "--seed is for bundles, but http://127.0.0.1:9 is a"),
         (("http://10.0.0.5:9", "--tasks", "gsm8k"), "10.0.0.5 is another machine; give --allow-remote"),
@@ -530,7 +534,7 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
         (("http://127.0.0.1:9", "--tasks", "ruler", "--lengths", "4k"), "'4k' are no numbers of tokens from 1024"),
         (("out/bundle", "--against", "http://127.0.0.1:9"), "--against is for URLs, but out/bundle is a bundle"),
     ],
-    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "lengths", "length", "bundle"],
+    ids=["no tasks", "itself", "other task", "seed", "remote", "questions", "memory", "lengths", "length", "bundle"],
 )
 def test_eval_of_a_url_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], says: str
