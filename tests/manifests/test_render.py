@@ -347,9 +347,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         return int(ended.value.code or 0), printed.out, printed.err
 
     for name, value in (("--memory", "32Gi"), ("--monitoring", "other")):
-        code, text, said = run("--to", "compose", "--bundle-from", "host:/srv/b", "--dry-run", name, value)
+        code, text, err = run("--to", "compose", "--bundle-from", "host:/srv/b", "--dry-run", name, value)
         assert (code, text) == (2, "")
-        assert f"{name} is for Kubernetes; leave it out" in said
+        assert f"{name} is for Kubernetes; leave it out" in err
     out = tmp_path / "k"
     code, text, _ = run("--prefill", "2", "--decode", "6", "--out", str(out), "--json")
     assert code == 0
