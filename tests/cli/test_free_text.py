@@ -51,6 +51,17 @@ def test_what_a_transport_cannot_be_told(
     assert f"--transport-option {text!r}: {says}" in err
 
 
+@pytest.mark.parametrize("text", ["port=20000", "announce=gateway:6000"])
+def test_decode_workers_of_one_machine_cannot_share_a_port(
+    capsys: pytest.CaptureFixture[str], bundle: Path, text: str
+) -> None:
+    command = ("serve", bundle, "--serve-python", sys.executable, "--dry-run", "--transport-option", text)
+    assert run(capsys, *command)[0] == 0
+    code, out, err = run(capsys, *command, "--decode", "2")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--transport-option {text.partition('=')[0]}: the 2 decode workers" in err
+
+
 def test_a_dtype_that_no_worker_has(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     for dtype in ("bf16", ""):
         code, out, err = run(capsys, "serve", bundle, "--serve-python", sys.executable, "--dry-run", "--dtype", dtype)
