@@ -27,6 +27,14 @@ def server():
         yield start
 
 
+def test_a_refusal_whose_words_break_off_is_explained(server):
+    cut = b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n20\r\nabc"
+    with pytest.raises(OSError, match="500") as refused:
+        get(server(cut), 60)
+    assert explain(refused.value) == "HTTP 500: "
+    assert probe.complaint(server(cut), 60) == "HTTP 500: "
+
+
 @pytest.mark.parametrize("response", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])
 def test_an_answer_that_breaks_off_is_an_os_error(server, response):
     """As when a worker dies while it answers."""
@@ -34,11 +42,3 @@ def test_an_answer_that_breaks_off_is_an_os_error(server, response):
         get(server(response), 5)
     assert not probe.is_healthy(server(response))
     assert probe.complaint(server(response), 5)
-
-
-def test_a_refusal_whose_words_break_off_is_explained(server):
-    cut = b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n20\r\nabc"
-    with pytest.raises(OSError, match="500") as refused:
-        get(server(cut), 5)
-    assert explain(refused.value) == "HTTP 500: "
-    assert probe.complaint(server(cut), 5) == "HTTP 500: "
