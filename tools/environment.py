@@ -126,11 +126,16 @@ def main() -> None:
         version = sys.version.split()[0]
         sys.exit(f"the lock files need Python 3.11 or later, this is {version}: make PYTHON=python3.11 setup")
     os.environ.pop("PYTHONPATH", None)
-    (ROOT / ".venv").mkdir(exist_ok=True)
-    with (ROOT / ".venv" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in dict.fromkeys(names):
-            Environment(name, cuda=has_cuda()).ensure()
+    try:
+        (ROOT / ".venv").mkdir(exist_ok=True)
+        with (ROOT / ".venv" / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name in dict.fromkeys(names):
+                Environment(name, cuda=has_cuda()).ensure()
+    except KeyboardInterrupt:
+        sys.exit("set-up stopped by Ctrl-C; the same command goes on with the environments that are not made")
+    except OSError as error:
+        sys.exit(f"set-up failed: {error}; mend that and run the same command again")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class Bundle:
         present = {str(f.relative_to(self.path)): f for f in walk(self.path)}
         for name, entry in sorted(self.manifest.files.items()):
             file = present.pop(name, None)
-            if file is None:
+            if file is None or not file.exists():  # a link to nothing
                 problems.append(f"{name} is missing")
             elif file.stat().st_size != entry.size:
                 problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {entry.size}")

@@ -69,10 +69,10 @@ def _known(reports: Path, plan_digest: str) -> dict[str, dict[str, dict[str, Any
 def _of_plan(path: Path, plan_digest: str) -> dict[str, Any]:
     """A report; empty where there is none of this plan."""
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
+        report = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return report if report.get("plan_digest") == plan_digest else {}
+    return report if isinstance(report, dict) and report.get("plan_digest") == plan_digest else {}
 
 
 def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:

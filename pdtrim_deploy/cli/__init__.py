@@ -120,6 +120,7 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: turns errors that a user can fix into one line on stderr and an exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
+    _reopen_closed()
     install()
     typed = shlex.join(["pdtrim-deploy", *arguments])  # the context's object: every result records it
     colour = False if os.environ.get("NO_COLOR") else None  # None: colour only on a terminal
@@ -149,11 +150,21 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         place = error.filename2 or error.filename or "cannot write"  # the second: what a file was to replace
         _die(f"{place}: {error.strerror}; fix that and run the same command again", 2)
+    except UnicodeEncodeError as error:
+        wrong = error.object[error.start : error.end]
+        _die(f"{wrong!r} in a name, as this machine decodes it, is no UTF-8; rename the file or folder", 2)
     except Exception:
         if pressed():  # numpy, whose import was cut short and then tried again, has another error for it
             _stopped(arguments)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reopen_closed() -> None:
+    """A stream that the caller closed (`2>&-`) is None: what is said goes nowhere, and the exit code stays right."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
 
 
 def _stopped(arguments: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +124,8 @@ def build(
         if short := fit_sentence(recipe, ModelSizes.of(read_config(bundle.decode_dir / "config.json"))):
             click.echo(f"{out}: {short}")
         click.echo(f"{out}: plan {bundle.plan.digest}")
-        click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")
+        place = shlex.quote(str(out))
+        click.echo(f"next: pdtrim-deploy inspect {place}; pdtrim-deploy eval {place}; pdtrim-deploy serve {place}")
     for failure in bundle.manifest.failures.values():
         click.echo(f"pdtrim-deploy: {failure}", err=True)
     raise SystemExit(1 if bundle.manifest.failures else 0)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe.bounds import MOST_REPLICAS, MOST_TOKENS
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
 from pdtrim_deploy.serving.transports import LIBRARIES
+
+some = click.IntRange(1, MOST_REPLICAS)
+OF_KUBERNETES = ("memory", "monitoring")  # and `rdma`, which compose() refuses
 
 
 @click.group()
@@ -31,10 +37,10 @@ def deploy() -> None:
 @click.option("--out", type=options.path, help="Folder for the files; files of the same names change.")
 @click.option("--dry-run", is_flag=True, help="Print the files instead of writing them; no --out then.")
 @click.option("--to", type=click.Choice(["kubernetes", "compose"]), default="kubernetes", show_default=True)
-@click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
-@click.option("--tp-prefill", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a prefill worker.")
-@click.option("--tp-decode", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a decode worker.")
+@click.option("--prefill", type=some, default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", type=some, default=1, show_default=True, help="Decode workers.")
+@click.option("--tp-prefill", type=some, default=1, show_default=True, help="GPUs of a prefill worker.")
+@click.option("--tp-decode", type=some, default=1, show_default=True, help="GPUs of a decode worker.")
 @click.option("--name", default="pdtrim", show_default=True, help="Of the objects.")
 @click.option("--image", help="Built from the Dockerfile's target serve.  [default: pdtrim-serve:VERSION]")
 @click.option(
@@ -54,7 +60,13 @@ def deploy() -> None:
 )
 @options.transport_options
 @click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
-@click.option("--page-size", type=click.IntRange(1), default=PAGE_TOKENS, show_default=True, help="Tokens per KV page.")
+@click.option(
+    "--page-size",
+    type=click.IntRange(1, MOST_TOKENS),
+    default=PAGE_TOKENS,
+    show_default=True,
+    help="Tokens per KV page.",
+)
 @click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="Namespace that may scrape metrics.")
 @click.option(
@@ -62,7 +74,9 @@ def deploy() -> None:
 )
 @click.option("--decode-args", default="", callback=options.words, help="The same, for decode workers.")
 @options.json_flag
+@click.pass_context
 def render(
+    ctx: click.Context,
     bundle: Path,
     out: Path | None,
     dry_run: bool,
@@ -101,6 +115,9 @@ def render(
 
     if (out is None) != dry_run:
         raise UserError("say where the files go, --out FOLDER, or --dry-run to have them printed")
+    for option in OF_KUBERNETES if to == "compose" else ():
+        if ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise UserError(f"--{option} is for Kubernetes; leave it out with --to compose")
     opened = Bundle.open(bundle)
     if opened.plan.unified:
         raise UserError(
@@ -143,11 +160,12 @@ def render(
         return
     click.echo(f"{out}: {', '.join(files)} for plan {opened.plan.digest[:12]}")
     if to == "compose":
-        click.echo(f"next: (umask 077; openssl rand -hex 32 > {out}/kv-secret); chown 10001 {out}/kv-secret")
-        click.echo(f"      docker compose -f {out}/compose.yaml up")
+        secret, file = (shlex.quote(str(out / name)) for name in ("kv-secret", "compose.yaml"))
+        click.echo(f"next: (umask 077; openssl rand -hex 32 > {secret}); chown 10001 {secret}")
+        click.echo(f"      docker compose -f {file} up")
     else:
         create_secret = f"kubectl create secret generic {secret_name(chosen)} --from-literal=kv=$(openssl rand -hex 32)"
-        click.echo(f"next: {create_secret}\n      kubectl apply -k {out}")
+        click.echo(f"next: {create_secret}\n      kubectl apply -k {shlex.quote(str(out))}")
 
 
 @deploy.command()

@@ -89,7 +89,7 @@ def evaluate(context: click.Context, target: str, tasks: str | None, **rest: obj
       pdtrim-deploy eval out/bundle --tasks lm_eval:hellaswag --items 500
       pdtrim-deploy eval http://127.0.0.1:8000 --against http://127.0.0.1:9000 --tasks gsm8k --bundle out/bundle
     """
-    served = "://" in target
+    served = options.is_url(target)
     for name in OF_BUNDLES if served else OF_URLS:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = "--bundle" if name == "of_bundle" else f"--{name.replace('_', '-')}"

@@ -53,7 +53,6 @@ def evaluate_served(
     from pdtrim_deploy.evaluation.generated.gsm8k import from_file
     from pdtrim_deploy.evaluation.generated.lengths import check_contexts, choose
     from pdtrim_deploy.evaluation.generated.served import Pair, ServedReport
-    from pdtrim_deploy.loadtest import check_target
     from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.pipeline.model_card import refresh_recoveries
 
@@ -61,9 +60,7 @@ def evaluate_served(
     if questions is not None and "gsm8k" not in names:
         raise UserError("--questions are gsm8k's; give --tasks gsm8k too")
     chosen = choose(names, lengths, max_tokens)
-    urls = [url] if against is None else [url, against]
-    for target in urls:
-        check_target(target, allow_remote)
+    urls = _urls(url, against, allow_remote)
     bundle, progress = None if of_bundle is None else Bundle.open(of_bundle), Progress()
     gates = {} if bundle is None else bundle.recipe.quality
     if against is None and any(name in gates for name in names):
@@ -126,6 +123,18 @@ def lines(report: ServedReport) -> list[str]:
         if task.recovery is not None:
             shown += [f"  {task.recovery.sentence()}"]
     return shown
+
+
+def _urls(url: str, against: str | None, allow_remote: bool) -> list[str]:
+    """The pair's, then the dense model's; UserError for no URL, another machine's, or one for both."""
+    from pdtrim_deploy.loadtest import check_target
+
+    urls = [url] if against is None else [url, against]
+    for target in urls:
+        check_target(target, allow_remote)
+    if against is not None and against.rstrip("/") == url.rstrip("/"):
+        raise UserError(f"--against {against} is the pair itself; give the URL where the dense model is served")
+    return urls
 
 
 def _check_plan(endpoint: Endpoint, bundle: Bundle) -> None:

@@ -59,6 +59,13 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+def is_url(target: str) -> bool:
+    """Whether a target is a URL, not a bundle; UserError for `HOST:PORT`, unless there is a folder of that name."""
+    if "://" not in target and re.fullmatch(r"[\w.-]+:\d{1,5}(/.*)?", target) and not Path(target).exists():
+        raise UserError(f"{target} is no bundle here; if it is the address of a running pair, give http://{target}")
+    return "://" in target
+
+
 path = click.Path(path_type=Path)
 new_file = NewFile()
 seconds = FiniteRange(1, MOST_SECONDS)

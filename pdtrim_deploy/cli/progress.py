@@ -35,6 +35,7 @@ class Progress:
     def show(self, name: str, done: bool = False) -> Iterator[None]:
         """One step: its name and, when it ends well, its seconds."""
         obey()
+        name = escape(name)
         if done:
             self._console.print(f"{name}: done before")
             yield

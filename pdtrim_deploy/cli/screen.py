@@ -11,5 +11,5 @@ WIDE = 160  # columns
 
 
 def console() -> Console:
-    """The console of stdout; COLUMNS sets its width."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+    """The console of stdout; COLUMNS sets its width. Brackets, as in the name of a folder, stay as they are."""
+    return Console(markup=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)

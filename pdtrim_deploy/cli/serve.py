@@ -23,6 +23,8 @@ from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
 from pdtrim_deploy.serving.spec import SMALL_POOL_TOKENS, SMALL_REQUESTS
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # SGLang's
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -47,7 +49,7 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 @click.option(
     "--max-running-requests", type=click.IntRange(1), help=f"[default: {SMALL_REQUESTS}; on GPUs SGLang's own]"
 )
-@click.option("--dtype", default="auto", show_default=True, help="auto: the checkpoint's; or float32, bfloat16, ...")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="auto: the checkpoint's.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
 @options.transport_options

@@ -9,6 +9,7 @@ from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli.dry_run import commands_of
+from pdtrim_deploy.cli.options import is_url
 from pdtrim_deploy.cli.progress import Progress
 from pdtrim_deploy.doctor import CheckContext, require
 from pdtrim_deploy.errors import UserError
@@ -52,7 +53,7 @@ class Target:
         beside: bool = False,
     ) -> Target:
         """UserError: no complete bundle, no URL of this machine, or an option for bundles was given with a URL."""
-        if "://" not in text:
+        if not is_url(text):
             if link is not None and transport is not None and transport.backend != Transport().backend:
                 raise UserError(
                     f"--link works with {Transport().backend}, not with {transport.backend}; leave one of them out"

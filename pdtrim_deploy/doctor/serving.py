@@ -13,6 +13,7 @@ from typing import Any
 from pdtrim_deploy.doctor.base import CheckContext, Finding, Job, Status
 from pdtrim_deploy.doctor.packages import wanted_version
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.job import last_line
 from pdtrim_deploy.serving.commands import FOREIGN
 from pdtrim_deploy.serving.environment import REPO, ServeEnvironment, gpu_count
 from pdtrim_deploy.serving.transports import LIBRARIES
@@ -122,12 +123,20 @@ def diagnosis(python: Path, deep: bool = False) -> dict[str, Any]:
     )
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | chosen
     command = [str(python), *DIAGNOSIS, *(["--deep"] if deep else [])]
+    why = f"pdtrim_sglang.diagnosis does not run in {python}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-        return json.loads(done.stdout.splitlines()[-1])
-    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired) as error:
-        last = done.stderr.strip().splitlines()[-1:] if isinstance(error, IndexError | ValueError) else [str(error)]
-        raise UserError(f"pdtrim_sglang.diagnosis does not run in {python}: {' '.join(last)}") from None
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=300, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{why}: {error}") from None
+    try:
+        report = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        report = None
+    if not isinstance(report, dict):
+        raise UserError(f"{why}: {last_line(done.stderr)}")
+    return report
 
 
 def _mend(python: Path | None) -> str:

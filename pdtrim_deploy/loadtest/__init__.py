@@ -44,7 +44,8 @@ def check_target(url: str, allow_remote: bool) -> None:
     """Refuse anything but http(s) URLs, and other machines unless `allow_remote`."""
     host = _host(url)
     if host is None:
-        raise UserError(f"{url} is not a URL such as http://127.0.0.1:8000")
+        shown = url if url.isprintable() else repr(url)
+        raise UserError(f"{shown} is not a URL such as http://127.0.0.1:8000")
     if not allow_remote and not _loopback(host):
         raise UserError(f"{host} is another machine; give --allow-remote if you may put load on it")
 
@@ -56,6 +57,8 @@ def _module(name: str) -> ModuleType:
 
 
 def _host(url: str) -> str | None:
+    if not url.isprintable() or " " in url:  # urlsplit drops some of these
+        return None
     try:
         parts = urlsplit(url)
         _ = parts.port  # ValueError: no number of a port

@@ -84,6 +84,11 @@ class LoadRun:
     cpu_s: float | None = None
     pauses: tuple[float, ...] = field(default=(), repr=False)
 
+    @property
+    def answered(self) -> int:
+        """Requests that did not fail."""
+        return sum(outcome.failure is None for outcome in self.outcomes)
+
 
 class Driver(Protocol):
     """Drives one load against the base URL of a router (`/generate` of SGLang)."""
@@ -200,11 +205,11 @@ class LoadResult(BaseModel):
         cls, drive: Driver, driver: str, url: str, scenario: Scenario, workers: Workers | None = None
     ) -> LoadResult:
         """Run one load, and read the workers' counters after the warm-up and at the end."""
-        if workers and scenario.warmup:
-            drive(url, scenario.warming())
-            scenario = scenario.changed(warmup=0)
         before = workers.read() if workers else None
+        if workers and before is not None and scenario.warmup:
+            warm = drive(url, scenario.warming())
+            workers.since(before, warm.answered)  # a transfer may be counted after its answer
+            scenario, before = scenario.changed(warmup=0), workers.read()
         run = drive(url, scenario)
-        well = sum(outcome.failure is None for outcome in run.outcomes)
-        counted = WorkerFigures.of(workers.since(before, well)) if workers and before is not None else None
+        counted = WorkerFigures.of(workers.since(before, run.answered)) if workers and before is not None else None
         return cls.of(driver, [run], scenario.slo, counted)

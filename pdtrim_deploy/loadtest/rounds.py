@@ -144,8 +144,7 @@ def interleave(
             run = drive(side.url, scenario.changed(warmup=0))
             runs[name].append(run)
             if side.workers and before is not None:
-                well = sum(outcome.failure is None for outcome in run.outcomes)
-                added[name].append(side.workers.since(before, well))
+                added[name].append(side.workers.since(before, run.answered))
             figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, _counted(added[name][-1:])))
     # Between its rounds a pair counts health checks, which are no part of the load.
     total = {name: LoadResult.of(driver_name, runs[name], first.slo, _counted(added[name])) for name in sides}

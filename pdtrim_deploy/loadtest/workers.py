@@ -43,7 +43,8 @@ class WorkerFigures(BaseModel):
     """Figures over all workers of the pair.
 
     Attributes:
-        requests: transfers that succeeded; outcomes: the number of all transfers by outcome.
+        requests: transfers that succeeded; outcomes: the number of all transfers by outcome. Each rank of a prefill
+            worker counts its own.
         payload_bytes, wire_bytes, dense_bytes: of successful transfers: packed KV, all bytes sent, bytes of dense KV.
         reused_bytes: packed KV that was not sent, since decode had it from an earlier request.
         early_bytes: of the payload: sent before the forward pass that computes it had ended.

@@ -72,8 +72,13 @@ class Cache:
 
     @classmethod
     def default(cls) -> Cache:
-        """`$XDG_CACHE_HOME/pdtrim-deploy`, else `~/.cache/pdtrim-deploy`."""
-        return cls(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdtrim-deploy")
+        """`$XDG_CACHE_HOME/pdtrim-deploy`, else `~/.cache/pdtrim-deploy`; UserError for a user without a home."""
+        try:
+            return cls(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdtrim-deploy")
+        except RuntimeError:  # as in a container with a user id of its own
+            raise UserError(
+                "this user has no home folder for the cache; set HOME, or name a folder with --cache-dir"
+            ) from None
 
     def entry(self, kind: str, key: str, make: Callable[[Path], None]) -> Path:
         """The folder of (kind, key); `make(folder)` fills it unless a complete entry exists."""

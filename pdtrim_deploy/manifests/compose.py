@@ -63,15 +63,22 @@ def _worker(served: Served, options: Options, stage: Stage, first_gpu: int) -> d
     device = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
     return {
         **_basics(options),
-        "command": [word.replace("$", "$$") for word in worker_arguments(served, options, stage)],  # no variables
+        "command": [_literal(word) for word in worker_arguments(served, options, stage)],
         "environment": worker_environment(served),
-        "volumes": [{"type": "bind", "source": options.bundle.place, "target": BUNDLE_MOUNT, "read_only": True}],
+        "volumes": [
+            {"type": "bind", "source": _literal(options.bundle.place), "target": BUNDLE_MOUNT, "read_only": True}
+        ],
         "secrets": [SECRET_KEY],
         "shm_size": "8gb",
         "deploy": {"resources": {"reservations": {"devices": [device]}}},
         "healthcheck": _check(HTTP_PORT, "/health", "30m"),
         "labels": {"pdtrim.plan-digest": served.plan_digest, "pdtrim.stage": stage},
     }
+
+
+def _literal(word: str) -> str:
+    """A word without variables."""
+    return word.replace("$", "$$")
 
 
 def _basics(options: Options) -> dict[str, Any]:

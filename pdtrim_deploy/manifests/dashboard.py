@@ -43,6 +43,7 @@ PANELS: tuple[Panel, ...] = (
         "KV bytes a request",
         "bytes",
         {"payload": _mean("pdtrim_kv_payload_bytes"), "dense": _mean("pdtrim_kv_dense_bytes")},
+        "Each rank of a prefill worker counts what it sends: with several, these are a rank's bytes.",
     ),
     Panel("Transfer time", "s", _quantiles("pdtrim_kv_transfer_seconds")),
     Panel(

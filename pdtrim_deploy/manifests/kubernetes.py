@@ -11,6 +11,7 @@ from typing import Any
 from pdtrim_deploy.manifests.options import (
     BOOTSTRAP_PORT,
     BUNDLE_MOUNT,
+    GPUS,
     GRACE_S,
     HTTP_PORT,
     ROUTER_ARGUMENTS,
@@ -58,12 +59,12 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
     if stage == "prefill":
         ports.append({"name": "bootstrap", "containerPort": BOOTSTRAP_PORT})
         annotations["sglang.ai/bootstrap-port"] = str(BOOTSTRAP_PORT)  # the router reads it
-    resources = {"nvidia.com/gpu": str(options.gpus(stage)), "memory": options.memory}
+    resources = {GPUS: str(options.gpus(stage)), "memory": options.memory}
     resources |= {options.rdma: "1"} if options.rdma else {}
     container = {
         "name": "sglang",
         "image": options.image,
-        "command": [word.replace("$(", "$$(") for word in worker_arguments(served, options, stage)],  # no variables
+        "command": [word.replace("$", "$$") for word in worker_arguments(served, options, stage)],  # no variables
         "env": [
             *({"name": key, "value": value} for key, value in worker_environment(served).items()),
             {"name": "SGLANG_HOST_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},

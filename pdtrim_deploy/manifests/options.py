@@ -32,6 +32,7 @@ USER_ID = 10001  # as the Dockerfile makes it
 GRACE_S = 120  # from a pod's SIGTERM to its SIGKILL: for requests under way
 SECRET_FOLDER, SECRET_KEY = "/run/secrets", "kv"  # what makes a worker a member: the operator's, in no file of ours
 TCP = "pdtrim_tcp"
+GPUS = "nvidia.com/gpu"
 QUANTITY = re.compile(r"[1-9]\d{0,14}(\.\d{1,3})?([kMGTPE]|[KMGTPE]i)?")
 NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -122,6 +123,10 @@ class Options:
             raise UserError(f"--name is {self.name!r}; give lower-case letters, digits and dashes, at most 42 of them")
         if self.rdma is not None and not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9_.-]+", self.rdma):
             raise UserError(f"--rdma is {self.rdma!r}; give an extended resource such as rdma/hca")
+        if self.rdma == GPUS:
+            raise UserError(
+                f"--rdma is {GPUS}, of which a worker has --tp-prefill or --tp-decode; name the NIC's resource"
+            )
         if self.rdma is not None and self.transport == TCP:
             raise UserError(f"--rdma is of no use to --transport {TCP}; valid with it: {', '.join(LIBRARIES)}")
         if self.transport != TCP and not self.transport_options.get("accept_unauthenticated"):

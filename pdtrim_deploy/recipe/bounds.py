@@ -10,3 +10,4 @@ MOST_SIMULATED_WORKERS = 10_000
 MOST_CLIENTS = 10_000
 MOST_WORKERS = 64  # on one machine: each has ports and memory of its own
 MOST_ROUNDS = 1000
+MOST_REPLICAS = 10_000  # of a cluster's stage, and GPUs of one worker

@@ -33,5 +33,9 @@ def _ask(request: str | urllib.request.Request, timeout_s: float) -> bytes:
 def explain(error: OSError) -> str:
     """An error with the server's own words, where it sent any."""
     if isinstance(error, urllib.request.HTTPError):
-        return f"HTTP {error.code}: {error.read(2000).decode(errors='replace').strip()}"
+        try:
+            words = error.read(2000)
+        except (OSError, HTTPException):  # cut off, or not there in time
+            words = b""
+        return f"HTTP {error.code}: {words.decode(errors='replace').strip()}"
     return str(getattr(error, "reason", error))

@@ -189,7 +189,7 @@ def router_environment(python: Path, temporary: Path) -> dict[str, str]:
 def _base(python: Path, ours: Mapping[str, str], temporary: Path) -> dict[str, str]:
     inherited = {name: value for name, value in ours.items() if name not in FOREIGN}
     path = f"{python.parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"  # its ninja, not ours
-    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # torch's default: kept between runs
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"  # torch's default: kept between runs
     return (
         {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         | inherited
@@ -199,3 +199,11 @@ def _base(python: Path, ours: Mapping[str, str], temporary: Path) -> dict[str, s
             "PYTHONUNBUFFERED": "1",
         }
     )
+
+
+def _user() -> str:
+    """Its name, or its number where it has none, as in a container with a user id of its own."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # the second from Python 3.13 on
+        return str(os.getuid())

@@ -96,6 +96,11 @@ def cluster_of(
         spec = ClusterSpec.of_one_model(bundle.prefill_dir, workers=workers, **shared)
         return Cluster(spec, environment, log_dir or _log_folder(), say)
     require_transport(environment, options.transfer_backend, transport or {}, options.device)
+    if decode > 1 and (alone := [name for name in ("port", "announce") if (transport or {}).get(name) is not None]):
+        raise UserError(
+            f"--transport-option {alone[0]}: the {decode} decode workers of this machine cannot all listen there; "
+            "leave it out, or start one decode worker"
+        )
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
     for stage, engine in engines.items():
         require_batches(engine, options.chunked_prefill_size, options.requests, options.tp(stage))

@@ -15,12 +15,17 @@ FIRST, LAST = 20000, 32000
 
 def is_free(port: int) -> bool:
     """Whether a server could listen on `port` now."""
+    with contextlib.suppress(OSError):
+        _bind(port)
+        return True
+    return False
+
+
+def _bind(port: int) -> None:
+    """Bind and let go; OSError as a server would have it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):
-            probe.bind((HOST, port))
-            return True
-    return False
+        probe.bind((HOST, port))
 
 
 def free_ports(count: int, taken: frozenset[int] = frozenset()) -> list[int]:
@@ -36,6 +41,14 @@ def free_ports(count: int, taken: frozenset[int] = frozenset()) -> list[int]:
 
 def require_free(port: int, option: str) -> int:
     """`port` itself, or a UserError that names the option it came from."""
-    if not is_free(port):
-        raise UserError(f"{option} {port}: another program listens on this port; choose another or leave it out")
+    try:
+        _bind(port)
+    except PermissionError:
+        raise UserError(
+            f"{option} {port}: this user may not listen on it; choose 1024 or more, or leave it out"
+        ) from None
+    except OSError:
+        raise UserError(
+            f"{option} {port}: another program listens on this port; choose another or leave it out"
+        ) from None
     return port

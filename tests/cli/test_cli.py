@@ -17,6 +17,7 @@ import click
 import pytest
 import yaml
 from answering import answering
+from bare_bundle import make_bundle
 from localtasks import write_tasks
 from sse_server import Behaviour, serve
 from tinytext import write_words
@@ -340,6 +341,56 @@ def test_reports_that_cannot_be_written_are_refused_before_anything_is_measured(
     assert cards == [(copy / stage / "README.md").read_text() for stage in ("prefill", "decode")]
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_error(bundle_dir: Path, closed: str) -> None:
+    """A caller without stdout or stderr: Python has None there."""
+    for command in ("verify", "inspect"):
+        words = shlex.join([sys.executable, "-m", "pdtrim_deploy", command, str(bundle_dir)])
+        assert subprocess.run(["sh", "-c", f"{words} {closed}"], capture_output=True, check=False).returncode == 0
+
+
+def test_a_name_that_is_no_utf8_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / os.fsdecode(b"b\xff")).path
+    code, out, err = run(capsys, "report", bundle)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is no UTF-8; rename the file or folder" in err
+    assert not (bundle / "reports").exists()
+
+
+def test_brackets_of_a_name_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "plan", make_bundle(tmp_path / "run[v2]").path, "--isl", 32, "--osl", 8)
+    assert code == 0
+    assert " run[v2] " in out.splitlines()[2]
+
+
+def test_an_address_is_no_bundle(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["loadtest"], ["eval", "--tasks", "gsm8k"], ["compare", "http://127.0.0.1:2"]):
+        code, out, err = run(capsys, *arguments, "127.0.0.1:8000")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "if it is the address of a running pair, give http://127.0.0.1:8000" in err
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe_file: Path
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # as a container may choose: not in /etc/passwd
+    code, out, err = run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--dry-run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no home folder for the cache; set HOME, or name a folder with --cache-dir" in err
+
+
+def test_next_commands_are_for_a_shell(capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a b"
+    code, printed, _ = run(capsys, "deploy", "render", bundle_dir, "--out", out)
+    assert (code, shlex.split(printed.splitlines()[-1])) == (0, ["kubectl", "apply", "-k", str(out)])
+    more = ("--to", "compose", "--bundle-from", "host:/srv")
+    code, printed, _ = run(capsys, "deploy", "render", bundle_dir, "--out", out, *more)
+    up = ["docker", "compose", "-f", str(out / "compose.yaml"), "up"]
+    assert (code, shlex.split(printed.splitlines()[-1])) == (0, up)
+
+
 def test_a_reader_that_goes_away_is_no_error(recipe_file: Path) -> None:
     command = f"'{sys.executable}' -m pdtrim_deploy recipe schema | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -467,6 +518,10 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
     ("arguments", "says"),
     [
         (("http://127.0.0.1:9",), "a URL needs tasks; use --tasks with gsm8k, humaneval"),
+        (
+            ("http://127.0.0.1:9", "--tasks", "gsm8k", "--against", "http://127.0.0.1:9/"),
+            "--against http://127.0.0.1:9/ is the pair itself; give the URL where the dense model is served",
+        ),
         (("http://127.0.0.1:9", "--tasks", "needle"), "'needle' is no task of a URL; use --tasks with gsm8k"),
         (("http://127.0.0.1:9", "--tasks", "gsm8k", "--seed", 1), "--seed is for bundles, but http://127.0.0.1:9 is a"),
         (("http://10.0.0.5:9", "--tasks", "gsm8k"), "10.0.0.5 is another machine; give --allow-remote"),
@@ -479,7 +534,7 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
         (("http://127.0.0.1:9", "--tasks", "ruler", "--lengths", "4k"), "'4k' are no numbers of tokens from 1024"),
         (("out/bundle", "--against", "http://127.0.0.1:9"), "--against is for URLs, but out/bundle is a bundle"),
     ],
-    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "lengths", "length", "bundle"],
+    ids=["no tasks", "itself", "other task", "seed", "remote", "questions", "memory", "lengths", "length", "bundle"],
 )
 def test_eval_of_a_url_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], says: str
@@ -570,12 +625,13 @@ def test_eval_of_a_task_of_lm_eval(
         (lambda b: (b / "plan.json").write_text((b / "plan.json").read_text() + " "), 1, "plan.json has"),
         (lambda b: flip(b / "decode" / "model.safetensors"), 1, "decode/model.safetensors has SHA-256"),
         (lambda b: (b / "prefill" / "tokenizer.json").unlink(), 1, "prefill/tokenizer.json is missing"),
+        (lambda b: unlink_behind(b / "prefill" / "tokenizer.json"), 1, "prefill/tokenizer.json is missing"),
         (lambda b: (b / "decode" / "extra.bin").write_text("x"), 1, "decode/extra.bin is not in the manifest"),
         (lambda b: (b / "COMPLETE").unlink(), 2, "not a complete bundle"),
         (lambda b: (b / "COMPLETE").write_text("0" * 64), 2, "manifest.json was changed after COMPLETE"),
         (lambda b: swap_plan(b / "decode" / "config.json"), 2, "decode/config.json was made for plan"),
     ],
-    ids=["touched", "flipped", "missing", "extra", "incomplete", "marker", "swapped"],
+    ids=["touched", "flipped", "missing", "dangling", "extra", "incomplete", "marker", "swapped"],
 )
 def test_damage_is_found(
     capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path, damage, code: int, says: str
@@ -592,6 +648,12 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def unlink_behind(path: Path) -> None:
+    """A link whose file is gone, as after a copy without what the links are to."""
+    path.unlink()
+    path.symlink_to("gone")
 
 
 def swap_plan(path: Path) -> None:

@@ -51,6 +51,24 @@ def test_what_a_transport_cannot_be_told(
     assert f"--transport-option {text!r}: {says}" in err
 
 
+@pytest.mark.parametrize("text", ["port=20000", "announce=gateway:6000"])
+def test_decode_workers_of_one_machine_cannot_share_a_port(
+    capsys: pytest.CaptureFixture[str], bundle: Path, text: str
+) -> None:
+    command = ("serve", bundle, "--serve-python", sys.executable, "--dry-run", "--transport-option", text)
+    assert run(capsys, *command)[0] == 0
+    code, out, err = run(capsys, *command, "--decode", "2")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--transport-option {text.partition('=')[0]}: the 2 decode workers" in err
+
+
+def test_a_dtype_that_no_worker_has(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    for dtype in ("bf16", ""):
+        code, out, err = run(capsys, "serve", bundle, "--serve-python", sys.executable, "--dry-run", "--dtype", dtype)
+        assert (code, out) == (2, "")
+        assert "Invalid value for '--dtype'" in err
+
+
 def test_what_it_can_be_told(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     pairs = ("stall_seconds=3", "announce=gateway:6000", "devices='2024-01-01'", "connections=8")
     arguments = [word for pair in pairs for word in ("--transport-option", pair)]

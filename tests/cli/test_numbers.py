@@ -12,6 +12,7 @@ from pdtrim_deploy.cli import main
 
 URL, HUGE = "http://127.0.0.1:1", str(10**30)
 SERVE = ("serve", "BUNDLE", "--serve-python", sys.executable, "--dry-run")
+RENDER = ("deploy", "render", "BUNDLE", "--to", "compose", "--bundle-from", "host:/srv/b", "--dry-run")
 LOADTEST = ("loadtest", URL, "--dry-run")
 BUILD = ("build", "gone.yaml", "--out", "x", "--dry-run")
 SIMULATE = ("plan", "llama-3.1-8b", "--rates", "gone.yaml", "--rate", "1", "--simulate")
@@ -22,6 +23,7 @@ SIMULATE = ("plan", "llama-3.1-8b", "--rates", "gone.yaml", "--rate", "1", "--si
     [
         *((SERVE, "--start-timeout", value) for value in ("nan", "inf", "1e300")),
         *((SERVE, option, "100000") for option in ("--prefill", "--decode")),
+        *((RENDER, option, HUGE) for option in ("--prefill", "--decode", "--tp-prefill", "--tp-decode", "--page-size")),
         *((LOADTEST, "--deadline", value) for value in ("nan", "inf", "1e300")),
         *((LOADTEST, option, HUGE) for option in ("--requests", "--concurrency", "--warmup", "--prompt-tokens")),
         (LOADTEST, "--output-tokens", "9" * 5000),

@@ -64,3 +64,12 @@ def test_a_step_that_fails_ends_its_watch(capsys):
     time.sleep(0.3)
     assert "load: " not in before
     assert capsys.readouterr().err == ""
+
+
+def test_brackets_of_a_name_are_shown(capsys):
+    with Progress().show("serve out/run[v2]"):
+        pass
+    with Progress().show("serve out/run[v2]", done=True):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[0], lines[2]) == ("serve out/run[v2] ...", "serve out/run[v2]: done before")

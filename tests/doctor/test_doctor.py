@@ -367,3 +367,14 @@ def test_the_main_process_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "memory to build" in done.stdout
     assert "time of operations is not known here: torch is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("printed", ["head -c 99 /dev/urandom", "echo 5", "true", "echo wrong >&2"])
+def test_a_program_that_is_no_python_is_one_finding(tmp_path: Path, printed: str) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{printed}\n")
+    program.chmod(0o755)
+    (finding,) = serving.SGLang().look(CheckContext(serve_python=program))
+    assert finding.status == "missing"
+    assert finding.detail.startswith(f"pdtrim_sglang.diagnosis does not run in {program}: ")
+    assert finding.detail.endswith("wrong" if "wrong" in printed else "it printed nothing")

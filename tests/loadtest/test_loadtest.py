@@ -210,11 +210,13 @@ def test_this_machine_may_be_loaded(url: str) -> None:
     [
         *("http://10.0.0.1:80", "https://example.org", "ftp://127.0.0.1", "127.0.0.1:80"),
         *("http://[", "http://127.0.0.1:99999999", "http://127.0.0.1:x"),
+        *(" http://127.0.0.1:80", "http://127.0.0.1:80/\n", "http://127.0.0.1:80/\x01", "http://127.0.0.1:80/\udcff"),
     ],
 )
 def test_other_targets_are_refused(url: str) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as refused:
         check_target(url, allow_remote=False)
+    assert str(refused.value).isprintable()
 
 
 def test_other_machines_when_told() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pdtrim_deploy.errors import ServingError, UserError
-from pdtrim_deploy.loadtest import LoadRun, Outcome, Scenario, driver
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, Scenario, driver
 from pdtrim_deploy.loadtest.rounds import Comparison, Ratio, Side, check_rounds, interleave, repeats, shares
 from pdtrim_deploy.loadtest.scenario import SLO
 from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, _quantile
@@ -137,6 +137,26 @@ def test_the_queues_of_prefill_and_decode_are_told_apart(monkeypatch: pytest.Mon
         "prefill_queue": (4, 1000),
         "decode_queue": (4, 100),
     }
+
+
+def test_transfers_of_the_warm_up_that_are_counted_late_are_none_of_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker counts a transfer when its last rows are acknowledged, which may be after the answer."""
+    sent, counted = list[int](), list[int]()  # bytes of each transfer; a scrape sees one more of those that were sent
+
+    def read(workers: Workers) -> dict[tuple[str, str], float]:
+        counted.extend(sent[len(counted) : len(counted) + 1])
+        names = {"pdtrim_kv_payload_bytes_count": len(counted), "pdtrim_kv_payload_bytes_sum": sum(counted)}
+        return {(name, ""): float(value) for name, value in names.items()}
+
+    def drive(url: str, scenario: Scenario) -> LoadRun:
+        sent.extend([10 if sent else 1] * (scenario.requests or 0))
+        return LoadRun((Outcome(),) * (scenario.requests or 0), 1.0)
+
+    monkeypatch.setattr(Workers, "read", read)
+    load = Scenario.closed(4, 1, warmup=3)
+    result = LoadResult.measure(drive, "d", "u", load, Workers(("m",)))
+    assert result.workers is not None
+    assert (result.workers.requests, result.workers.payload_bytes) == (4, 40)
 
 
 def test_a_worker_that_says_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:

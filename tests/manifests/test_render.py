@@ -161,6 +161,8 @@ def test_pods_are_confined_and_ports_are_named() -> None:
     rendered = objects(rdma="rdma/hca", **NIXL)
     assert container(rendered["Deployment", "pdtrim-decode"])["resources"]["limits"]["rdma/hca"] == "1"
     assert "rdma/hca" not in json.dumps(objects()["Deployment", "pdtrim-decode"])
+    with pytest.raises(UserError, match=r"--rdma is nvidia.com/gpu, of which"):  # it would replace their number
+        Options(rdma="nvidia.com/gpu", tp_prefill=4, **NIXL)
 
 
 def test_the_routers_probe_wants_a_second_token() -> None:
@@ -266,11 +268,12 @@ def test_each_stage_is_given_its_own_arguments_last() -> None:
 
 
 def test_dollars_in_arguments_are_no_variables() -> None:
-    """Compose expands `$NAME` in commands, Kubernetes `$(NAME)`; a doubled dollar stands for itself in both."""
-    more = {"prefill_args": ("--log-requests-target", "/var/$HOST/$(POD)")}
-    services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b"), **more))["services"]
-    assert services["prefill-0"]["command"][-1] == "/var/$$HOST/$$(POD)"
-    assert container(objects(**more)["Deployment", "pdtrim-prefill"])["command"][-1] == "/var/$HOST/$$(POD)"
+    """Compose expands `$NAME`, Kubernetes `$(NAME)`; both make one dollar of two, in names or not."""
+    more = {"prefill_args": ("--log-requests-target", "/var/$HOST/$(POD)/$$")}
+    services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/$b"), **more))["services"]
+    assert services["prefill-0"]["command"][-1] == "/var/$$HOST/$$(POD)/$$$$"
+    assert services["prefill-0"]["volumes"][0]["source"] == "/srv/$$b"
+    assert container(objects(**more)["Deployment", "pdtrim-prefill"])["command"][-1] == "/var/$$HOST/$$(POD)/$$$$"
 
 
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
@@ -343,6 +346,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         printed = capsys.readouterr()
         return int(ended.value.code or 0), printed.out, printed.err
 
+    for name, value in (("--memory", "32Gi"), ("--monitoring", "other")):
+        code, text, err = run("--to", "compose", "--bundle-from", "host:/srv/b", "--dry-run", name, value)
+        assert (code, text) == (2, "")
+        assert f"{name} is for Kubernetes; leave it out" in err
     out = tmp_path / "k"
     code, text, _ = run("--prefill", "2", "--decode", "6", "--out", str(out), "--json")
     assert code == 0

@@ -189,6 +189,7 @@ def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) 
     text = (written / "prefill" / "README.md").read_text()
     assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
     assert "at least 0.95: passed | served.json |\n" in text
+    (reports / "eval.json").write_text("[]")  # damaged: no report
     model_card.refresh_recoveries(written, "another plan's digest", {})
     assert "gsm8k" not in (written / "prefill" / "README.md").read_text()
 

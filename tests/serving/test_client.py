@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pdtrim_deploy.serving import probe
-from pdtrim_deploy.serving.client import get
+from pdtrim_deploy.serving.client import explain, get
 
 
 @pytest.fixture
@@ -25,6 +25,14 @@ def server():
             return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
         yield start
+
+
+def test_a_refusal_whose_words_break_off_is_explained(server):
+    cut = b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n20\r\nabc"
+    with pytest.raises(OSError, match="500") as refused:
+        get(server(cut), 60)
+    assert explain(refused.value) == "HTTP 500: "
+    assert probe.complaint(server(cut), 60) == "HTTP 500: "
 
 
 @pytest.mark.parametrize("response", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])

@@ -16,7 +16,7 @@ from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.serving import ClusterSpec, Executors, ServeEnvironment, WorkerOptions, commands, environment
 from pdtrim_deploy.serving.metrics import Sample, parse, total
 from pdtrim_deploy.serving.one_model import require_kind
-from pdtrim_deploy.serving.ports import free_ports
+from pdtrim_deploy.serving.ports import free_ports, require_free
 from pdtrim_deploy.serving.transports import require_transport
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
@@ -227,6 +227,24 @@ def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
     assert env["TMPDIR"] == str(tmp_path)
     fixed = replace(worker, options=replace(worker.options, threads=5))
     assert commands.worker_environment(PYTHON, fixed, 3, tmp_path)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_port_of_roots_is_not_said_to_be_taken(monkeypatch):
+    def bind(self, address):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(UserError, match="--port 80: this user may not listen on it; choose 1024 or more"):
+        require_free(80, "--port")
+
+
+def test_a_user_without_a_name_may_serve(monkeypatch, tmp_path):
+    """A container may choose any user id; then there is no name in /etc/passwd."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    compiled = commands.router_environment(PYTHON, tmp_path)["TORCHINDUCTOR_CACHE_DIR"]
+    assert compiled.endswith(f"torchinductor_{2**31 - 7}")
 
 
 def test_the_router_knows_every_worker_once():

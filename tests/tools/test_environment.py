@@ -101,3 +101,17 @@ def test_every_package_is_pinned_and_no_host_is_named():
             assert name, line
             assert version, line
             assert "/" not in line, line
+
+
+@pytest.mark.parametrize(
+    ("stops", "says"),
+    [(KeyboardInterrupt(), "stopped by Ctrl-C"), (PermissionError(13, "Permission denied"), "denied")],
+)
+def test_what_stops_it_is_one_sentence(tool, monkeypatch, stops, says):
+    def stopped(*_, **__):
+        raise stops
+
+    monkeypatch.setattr(tool.Environment, "ensure", stopped)
+    monkeypatch.setattr("sys.argv", ["environment.py", "build"])
+    with pytest.raises(SystemExit, match=says):
+        tool.main()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pdtrim_deploy.errors import ServingError
 from pdtrim_deploy.evaluation.generated.base import Answer, GeneratedTask, Question
@@ -26,6 +28,8 @@ def converse(
     """
     endpoint = Endpoint.at(url)
 
+    waiting, done = queue.SimpleQueue[Question](), queue.SimpleQueue[tuple[Question, Answer | Exception]]()
+
     def answer(question: Question) -> Answer:
         assert question.again is not None
         assert task.right is not None
@@ -36,15 +40,31 @@ def converse(
         right = task.right(question, second.text)
         return Answer(second.text, second.reason, second.tokens, right, first.text)
 
-    pool = ThreadPoolExecutor(concurrency)
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                question = waiting.get_nowait()
+                try:
+                    done.put((question, answer(question)))
+                except Exception as error:
+                    done.put((question, error))
+
+    for question in questions:
+        waiting.put(question)
+    for _ in range(min(concurrency, len(questions))):
+        threading.Thread(target=work, daemon=True).start()  # no daemon would keep a stopped program until its reply
+    answers = dict[str, Answer]()
     try:
-        answers = {pool.submit(answer, question): question for question in questions}
-        for count, future in enumerate(as_completed(answers), 1):
-            if error := future.exception():
-                if isinstance(error, ServingError):
-                    raise ServingError(f"{task.name}, question {answers[future].id}: {error}") from None
-                raise error
-            note(f"{count}/{len(questions)} answers")
-        return [future.result() for future in answers]
+        while len(answers) < len(questions):
+            question, outcome = done.get()
+            if isinstance(outcome, ServingError):
+                raise ServingError(f"{task.name}, question {question.id}: {outcome}") from None
+            if isinstance(outcome, Exception):
+                raise outcome
+            answers[question.id] = outcome
+            note(f"{len(answers)}/{len(questions)} answers")
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(queue.Empty):  # ask no more
+            while True:
+                waiting.get_nowait()
+    return [answers[question.id] for question in questions]

@@ -140,7 +140,9 @@ def _judged(
     score = pair.mean("right")
     common: dict[str, Any] = {"task": task.name, "source": data.source, "licence": data.licence, "sha256": data.sha256}
     common |= {"questions": count, "max_tokens": max_tokens, "score": score, "truncated": cut[0]}
-    common |= {"stderr": math.sqrt(score * (1 - score) / (count - 1)) if count > 1 else None}
+    none_right = Measured(task.name, groups, {"right": (0.0,) * count}, subjects)
+    alone = pair.against(none_right, "right")
+    common |= {"stderr": None if math.isnan(alone.stderr) else alone.stderr}
     common |= {"groups": _by_group(results)}
     if len(results) == 1:
         return ServedTask(**common)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -60,12 +63,17 @@ def test_questions_about_one_text_count_as_one_in_errors(setting: Setting) -> No
     task, data = TASKS["ruler"], TASKS["ruler"].load(setting)
     right = [place // 2 % 4 != 0 for place in range(80)]  # both questions about a text have the same end
     replies = [[Answer("", "stop", 1, value) for value in side] for side in (right, [True] * 80)]
-    by_text = _judged(task, data, data.questions[:80], replies, {}, 128).difference_stderr
+    judged = _judged(task, data, data.questions[:80], replies, {}, 128)
+    by_text = judged.difference_stderr
     apart = replace(data, questions=tuple(replace(question, subject=None) for question in data.questions))
-    by_question = _judged(task, apart, apart.questions[:80], replies, {}, 128).difference_stderr
+    judged_apart = _judged(task, apart, apart.questions[:80], replies, {}, 128)
+    by_question = judged_apart.difference_stderr
     assert by_text is not None
     assert by_question is not None
     assert by_text / by_question == pytest.approx((79 / 39) ** 0.5)
+    score = judged.score  # of the pair alone: the same, as all of the dense model's answers are right
+    assert judged.stderr == pytest.approx((score * (1 - score) / 39) ** 0.5)
+    assert judged_apart.stderr == pytest.approx((score * (1 - score) / 79) ** 0.5)
 
 
 def test_answers_follow_from_the_texts(setting: Setting) -> None:
@@ -129,6 +137,31 @@ def test_a_turn_without_a_reply_is_no_wrong_answer() -> None:
         pytest.raises(ServingError, match=r"turns, question t-1: .* refused a chat request \(HTTP 400: .*refused"),
     ):
         Pair(url, None, 1).judge(TASKS["turns"], QuestionSet("t", "none", "", (question,)), {})
+
+
+_STOPPED = """
+import os, signal, sys, threading
+from pdtrim_deploy.evaluation.generated import TASKS
+from pdtrim_deploy.evaluation.generated.base import Question
+from pdtrim_deploy.evaluation.generated.conversation import converse
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    converse(sys.argv[1], TASKS["turns"], [Question("t-1", "Read.", "x", ("x",), again="Which?")], 8, 1)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_waits_for_no_reply() -> None:
+    ended = threading.Event()
+    try:
+        with answering(lambda _: None if ended.wait(60) else "late") as url:
+            command = [sys.executable, "-c", _STOPPED, url]
+            done = subprocess.run(command, text=True, capture_output=True, timeout=30, check=False)
+            ended.set()
+    finally:
+        ended.set()
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_an_endpoint_says_its_context_and_the_tokens_of_a_prompt() -> None:
