@@ -8,16 +8,20 @@ All have the same key offsets and scales, and read the same calibration text: th
 sequences with a passage repeated at their end. Effects are measured once for all budgets. As shares, plans keep their
 reduction at every length. All are judged behind one prefill, on the PD oracle in float32 behind a bfloat16 pool:
 continuations of the final split of prose, code and agents' conversations, and needles. Values of every text are kept,
-so that differences are paired, and the benchmark goes on from there (out/bench-equalbytes).
+so that differences are paired, and the benchmark goes on from there (out/bench-equalbytes). The file keeps the rows of
+other models, whatever their commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+from __quality_plans import MODELS
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -30,7 +34,7 @@ from pdtrim_deploy.kvchoice.by_harm import budget_search
 from pdtrim_deploy.kvchoice.recall import with_recall
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
-from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import PDPlan
@@ -50,6 +54,7 @@ LONGEST = ("agents", 8064)  # with its continuation within SmolLM2's 8,192 posit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="SmolLM2-135M", choices=MODELS)
     parser.add_argument("--reductions", type=float, nargs="+", default=[4.95, 10.0])
     parser.add_argument("--calibration", type=int, default=24, help="sequences that choose")
     parser.add_argument("--texts", type=int, default=48, help="of each kind behind 512 tokens")
@@ -70,13 +75,19 @@ def main() -> None:
         name: log.value(name, lambda task=task: [values.values for values in task.measure(oracles, note)])
         for name, task in bench.tasks()
     }
-    rows = []
+    about = {"model": options.model, "commit": commit()}
+    rows = [row for row in _committed() if row["model"] != options.model]
     for at, (name, sends) in enumerate(plans.items()):
         plan = bench.oracle.plan.with_kv(sends)
         row = {"plan": name, "reduction": {tokens: round(plan.reduction(tokens), 4) for tokens in LENGTHS}}
         row["sends"] = [send.model_dump() for send in sends]
-        rows.append(row | {"values": {task: results[at] for task, results in measured.items()}})
+        rows.append(about | row | {"values": {task: results[at] for task, results in measured.items()}})
     write("equalbytes", options, rows)
+
+
+def _committed() -> list[dict[str, Any]]:
+    path = HERE / "results" / "equalbytes.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 class _Bench:
@@ -84,7 +95,8 @@ class _Bench:
 
     def __init__(self, options: argparse.Namespace, note: Any) -> None:
         self._options, self._note, self._cache = options, note, Cache.default()
-        checkpoint = resolve(DEFAULT_SOURCE, self._cache, note)
+        unit = HERE.parent / "recipes" / "units" / "model" / f"{MODELS[options.model]}.yaml"
+        checkpoint = resolve(yaml.safe_load(unit.read_text())["model"]["source"], self._cache, note)
         self._tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
         dense = PDOracle(model, model, PDPlan.dense(checkpoint.shape("bfloat16")))
         measured = offsets.measure(dense, self._calibration(CHOSEN_AT), note)

@@ -329,7 +329,9 @@ def test_no_page_claims_by_hand_what_has_not_run_on_a_gpu(tool):
 def test_rules_at_equal_bytes_are_compared_with_the_budget_plan(tool):
     def row(plan, losses, exact, saved=5.0):
         values = {"brown 512": {"nll": losses}, "agents 2048": {"nll": losses}, "needle 512": {"exact": exact}}
-        return {"plan": plan, "reduction": {"512": saved, "2048": saved}, "values": values}
+        return {"model": "SmolLM2-135M", "commit": "abc", "plan": plan, "reduction": {"512": saved, "2048": saved}} | {
+            "values": values
+        }
 
     rows = [
         row("dense", [3.0, 3.1, 3.2], [1.0, 1.0], 1.0),
@@ -339,14 +341,14 @@ def test_rules_at_equal_bytes_are_compared_with_the_budget_plan(tool):
         row("StreamingLLM int3, 5x", [3.0, 3.1, 3.28], [0.0, 0.0]),
         row("StreamingLLM k4v3, 5x", [3.0, 3.1, 3.2], [0.0, 0.0]),
     ]
-    text = tool.TABLES["equalbytes"].render({"environment": ENVIRONMENT, "commit": "abc", "rows": rows})
-    assert "| plan | bytes saved at 512 / 2,048 | Brown, 512 | agents, 2,048 | needles |" in text
-    assert "| uniform int4 | 5.00x / 5.00x | 0.0% ± 0.0% | 0.0% ± 0.0% | 100% |" in text
-    assert "| budget 5x | 5.00x / 5.00x | 1.0% ± 0.0% | 1.0% ± 0.0% | 100% |" in text
+    text = tool.TABLES["equalbytes"].render({"environment": ENVIRONMENT, "rows": rows})
+    assert "| model | plan | bytes saved at 512 / 2,048 | Brown, 512 | agents, 2,048 | needles |" in text
+    assert "| SmolLM2-135M (Q4_1) | uniform int4 | 5.00x / 5.00x | 0.0% ± 0.0% | 0.0% ± 0.0% | 100% |" in text
+    assert "| SmolLM2-135M (Q4_1) | budget 5x | 5.00x / 5.00x | 1.0% ± 0.0% | 1.0% ± 0.0% | 100% |" in text
     assert "| StreamingLLM int4, 5x | 5.00x / 5.00x | 3.0% ± 0.0% (higher) | 3.0% ± 0.0% (higher) | 50% |" in text
-    assert "| StreamingLLM int3, 5x | 5.00x / 5.00x | 2.7% ± 2.7% | 2.7% ± 2.7% | 0% |" in text
+    assert "| SmolLM2-135M (Q4_1) | StreamingLLM int3, 5x | 5.00x / 5.00x | 2.7% ± 2.7% | 2.7% ± 2.7% | 0% |" in text
     assert "0.0% ± 0.0% (lower) | 0.0% ± 0.0% (lower) | 0% |" in text
-    assert "on 3, 3 texts of 64 tokens" in text
+    assert "SmolLM2-135M: 3, 3 texts, 2 needles, commit abc" in text
 
 
 def test_sublayers_are_paired_with_blocks_of_their_weights_and_draw(tool):

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from math import exp, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import table, where
+from tables.base import precision, table, where
 
 TEXTS = {"brown": "Brown", "code": "code", "agents": "agents", "austen": "Austen"}
 NEEDLE = "needle"
 
 
 def equalbytes(data: dict[str, Any] | None) -> str:
-    """By plan: bytes saved, the rise of perplexity of each text, needles."""
+    """By model and plan: bytes saved, the rise of perplexity of each text, needles."""
     if data is None:
         return "Not measured yet: `make bench-equalbytes`."
-    dense, *rows = data["rows"]
-    budgets = {_reduction(row): row["values"] for row in rows if row["plan"].startswith("budget")}
-    texts = [name for name in dense["values"] if not name.startswith(NEEDLE)]
-    lines = [
-        (
-            row["plan"],
-            " / ".join(f"{saved:.2f}x" for saved in row["reduction"].values()),
-            *(_cell(row["values"], dense["values"], budgets.get(_reduction(row)), name) for name in texts),
-            *(f"{fmean(values['exact']):.0%}" for name, values in row["values"].items() if name.startswith(NEEDLE)),
-        )
-        for row in rows
-    ]
+    lines, sizes = [], []
+    for model, group in groupby(data["rows"], key=lambda row: row["model"]):
+        dense, *rows = group
+        texts = [name for name in dense["values"] if not name.startswith(NEEDLE)]
+        (needles,) = (name for name in dense["values"] if name.startswith(NEEDLE))
+        budgets = {_reduction(row): row["values"] for row in rows if row["plan"].startswith("budget")}
+        lines += [
+            (
+                f"{model} ({precision(model)})",
+                row["plan"],
+                " / ".join(f"{saved:.2f}x" for saved in row["reduction"].values()),
+                *(_cell(row["values"], dense["values"], budgets.get(_reduction(row)), name) for name in texts),
+                f"{fmean(row['values'][needles]['exact']):.0%}",
+            )
+            for row in rows
+        ]
+        counts = ", ".join(str(len(dense["values"][name]["nll"])) for name in texts)
+        count = len(dense["values"][needles]["exact"])
+        sizes.append(f"{model}: {counts} texts, {count} needles, commit {dense['commit']}")
     lengths = " / ".join(f"{int(tokens):,}" for tokens in dense["reduction"])
     heads = [f"{TEXTS[name.split()[0]]}, {int(name.split()[1]):,}" for name in texts]
-    counts = ", ".join(str(len(dense["values"][name]["nll"])) for name in texts)
-    (needles,) = (len(values["exact"]) for name, values in dense["values"].items() if name.startswith(NEEDLE))
-    return table(("plan", f"bytes saved at {lengths}", *heads, "needles"), lines) + where(
+    return table(("model", "plan", f"bytes saved at {lengths}", *heads, "needles"), lines) + where(
         data["environment"],
-        f"rise of perplexity over dense on {counts} texts of 64 tokens of each final split behind prompts of so many "
-        f"tokens, ± one paired standard error; {needles} needles in Brown's behind 512",
+        "rise of perplexity over dense on texts of 64 tokens of each final split behind prompts of so many tokens, ± "
+        "one paired standard error; needles in Brown's behind 512",
         "higher, lower: than the budget plan's at the same bytes, by more than two paired standard errors; else a tie",
-        f"commit {data['commit']}",
+        *sizes,
+        model="",
     )
 
 

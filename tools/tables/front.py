@@ -102,7 +102,7 @@ def _more(wire: Data) -> str:
 
 def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
     """The row of the budget plan whose rows are shares of the prompt, at each reduction that was measured."""
-    dense, *rows = equalbytes["rows"]
+    dense, *rows = (row for row in equalbytes["rows"] if row["model"] == "SmolLM2-135M")
     parts = []
     for row in (row for row in rows if row["plan"].startswith("budget")):
         values = row["values"]
