@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 MOST_TOP_LOGPROBS = 128  # sglang.srt.disaggregation.utils.MetadataBuffers of SGLang 0.5.23
 LAST_ROOM = (1 << 64) - 1
+WARM_UP_HOST = "2.2.2.2"  # FAKE_BOOTSTRAP_HOST there: requests of SGLang's own, which wait for no other worker
 
 
 def bad_prompt(input_ids: Sequence[int], vocabulary: int) -> str | None:
@@ -27,9 +28,15 @@ def bad_logprobs(start: int, alternatives: int, vocabulary: int) -> str | None:
     return None if 0 <= alternatives <= most else f"{alternatives} top logprobs were asked for; valid are 0 to {most}"
 
 
-def bad_room(room: int | None) -> str | None:
-    """What is wrong with a room that came past the router, or nothing: SGLang's metadata row holds 64 bits."""
-    return None if room is None or 0 <= room <= LAST_ROOM else f"bootstrap_room is {room}; valid are 0 to {LAST_ROOM}"
+def bad_room(room: int | None, host: str | None = None) -> str | None:
+    """What is wrong with a room that came past the router, or nothing: SGLang's metadata row holds 64 bits.
+
+    In it 0 means that nothing has come yet: decode would wait for ever, but in SGLang's warm-up, of another `host`.
+    """
+    first = 0 if host == WARM_UP_HOST else 1
+    if room is None or first <= room <= LAST_ROOM:
+        return None
+    return f"bootstrap_room is {room}; valid are {first} to {LAST_ROOM}"
 
 
 def bad_stop_regex(patterns: str | Sequence[str] | None) -> str | None:

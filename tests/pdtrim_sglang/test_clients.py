@@ -4,6 +4,7 @@ from inspect import signature
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
@@ -21,7 +22,7 @@ def test_prompts_without_an_embedding(ids, says):
 def test_ordinary_requests_pass():
     assert bad_prompt([0, 511], 512) is None
     assert bad_logprobs(-1, 0, 512) is bad_logprobs(7, 128, 512) is None
-    assert bad_room(None) is bad_room(0) is bad_room((1 << 64) - 1) is None
+    assert bad_room(None) is bad_room(1) is bad_room((1 << 64) - 1) is None
     assert bad_stop_regex(None) is bad_stop_regex("a+") is bad_stop_regex(["a", "b?"]) is None
     assert scored_echo(True, None) is scored_echo(False, 0) is None
 
@@ -35,6 +36,20 @@ def test_logprobs_out_of_range(start, alternatives):
 def test_rooms_that_workers_cannot_name(room):
     """SGLang's metadata row, and our message, hold no such number: each would end a scheduler."""
     assert f"bootstrap_room is {room}" in bad_room(room)
+
+
+def test_a_room_that_sglangs_decode_takes_for_none_is_left_to_its_warm_up():
+    """Decode would keep the request's slots until the client hangs up."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, _apply_metadata_gate
+
+    for host, waits in (("127.0.0.1", True), (FAKE_BOOTSTRAP_HOST, False)):
+        request = SimpleNamespace(req=SimpleNamespace(bootstrap_host=host), metadata_buffer_index=0)
+        polls = [int(KVPoll.Success)]
+        _apply_metadata_gate(polls, [request], SimpleNamespace(bootstrap_room=torch.zeros(1, 8)))
+        assert (polls == [int(KVPoll.Transferring)]) is waits
+        assert (bad_room(0, host) is not None) is waits
+    assert "bootstrap_room is 0; valid are 1 to" in bad_room(0)
 
 
 def test_as_many_alternatives_as_sglangs_metadata_row_holds():
@@ -63,9 +78,12 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
     request.top_logprobs_num, request.sampling_params = 0, {"stop_regex": ["a+", "((("]}
     with pytest.raises(ValueError, match=r"'\(\(\(' is no regular expression"):
         front_end.refuse_request(lambda *arguments: None, manager, request, [5])
-    request.sampling_params, request.bootstrap_room = {}, -1
-    with pytest.raises(ValueError, match="bootstrap_room is -1"):
-        front_end.refuse_request(lambda *arguments: None, manager, request, [5])
+    request.sampling_params = {}
+    for request.bootstrap_room in (-1, 0):
+        with pytest.raises(ValueError, match=f"bootstrap_room is {request.bootstrap_room}"):
+            front_end.refuse_request(lambda *arguments: None, manager, request, [5])
+    request.bootstrap_host = "2.2.2.2"  # of SGLang's warm-up
+    front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     body = SimpleNamespace(echo=True, logprobs=1)
     for mode, says in (("prefill", "echo with logprobs"), ("decode", "echo with logprobs"), ("null", "")):
         monkeypatch.setattr(

@@ -7,6 +7,7 @@ import pytest
 import transformers
 
 from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.experts import BlockExperts, ExpertShape, KeptExperts
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
@@ -162,6 +163,32 @@ def test_adapters_of_the_unpruned_model_are_refused_where_layers_are_numbered_an
     vars(options).update(ENGINE)
     with pytest.raises(RuntimeError, match=sentence or "an engine's weights are its own"):
         check_options(options, POOL, plan, False)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("pruned", "modules", "refused"),
+    [
+        ({}, None, False),
+        ({"decode": (0, 2)}, None, True),
+        ({"prefill": (0, 2), "decode": (1, 2)}, {"all"}, True),
+        ({"decode": (0, 2)}, ["q_proj", "down_proj"], True),
+        ({"decode": (0, 2)}, ["q_proj", "v_proj"], False),
+    ],
+)
+def test_adapters_of_the_unpruned_models_experts_are_refused_where_experts_are_numbered_anew(
+    stage, pruned, modules, refused
+):
+    from pdtrim_sglang.requirements import check_options
+
+    plan, shape = PDPlan.dense(SHAPE), ExpertShape(count=3, top_k=2)
+    if pruned:
+        kept = {name: (BlockExperts(block=0, kept=experts),) for name, experts in pruned.items()}
+        plan = plan.with_parts(experts=KeptExperts(shape=shape, **kept))
+    lora = {"enable_lora": True, "lora_target_modules": modules, "disaggregation_mode": stage}
+    sentence = f"some experts of {' and '.join(pruned)} alone, so an adapter .* or some of these"
+    with pytest.raises(RuntimeError, match=sentence) if refused else nullcontext():
+        check_options(SimpleNamespace(**DECODE | lora), POOL, plan, False)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])

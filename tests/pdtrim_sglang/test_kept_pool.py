@@ -216,6 +216,28 @@ def test_a_request_that_needs_more_than_there_is_goes_alone(tmp_path):
     assert worker.admit(other)
 
 
+def test_a_prompt_of_which_a_share_is_more_than_its_pool_holds_is_not_served(tmp_path):
+    """The sizes are rounded to whole pages. Admitted alone, such a prompt would end the worker."""
+    share = KVSend(mode="sparse", n_first=1, share=1002)
+    worker = DecodeWorker(tmp_path, make_plan([KVSend(), share]), 16, {"isl": 48, "osl": 1}, tokens=64)
+    (group,) = worker.pool.kept.groups
+    assert (group.size, share.rows(49), share.rows(50)) == (48, 48, 49)
+
+    def longest(prompt):
+        others = {"token_capacity": 99, "sliding_window_size": None, "chunk_size": None}
+        return worker.allocator.max_new_tokens_for_memory(prompt, 2, **others)
+
+    assert [longest(prompt) for prompt in (45, 46, 48, 49, 50, 99)] == [2, 1, 0, 0, None, None]
+    assert worker.admit(request(49, 1, worker.plan))
+
+
+def test_a_prompt_that_sglang_truncates_counts_as_long_as_its_pool(tmp_path):
+    share = KVSend(mode="sparse", n_first=1, share=512)
+    allocator = DecodeWorker(tmp_path, make_plan([KVSend(), share]), 1, {"isl": 60, "osl": 4}).allocator
+    others = {"token_capacity": 9 * TOKENS, "sliding_window_size": None, "chunk_size": None}
+    assert allocator.max_new_tokens_for_memory(4 * TOKENS, 2, **others) == 2
+
+
 def test_tables_are_as_wide_as_a_request_can_get(tmp_path):
     plan = make_plan([sparse(4, 0), sparse(40, 0)])
     wide = {group.rule.send.n_first: group for group in DecodeWorker(tmp_path, plan, 4, SHORT).pool.kept.groups}

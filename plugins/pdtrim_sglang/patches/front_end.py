@@ -38,7 +38,7 @@ def refuse_request(original: Callable[..., None], manager: Any, request: Any, in
     problem = bad_prompt(input_ids, vocabulary)
     if isinstance(request, GenerateReqInput):
         problem = problem or bad_logprobs(request.logprob_start_len, request.top_logprobs_num, vocabulary)
-        problem = problem or bad_room(request.bootstrap_room)
+        problem = problem or bad_room(request.bootstrap_room, request.bootstrap_host)
         problem = problem or bad_stop_regex(request.sampling_params.get("stop_regex"))
     if problem:
         raise ValueError(problem)  # SGLang answers 400

@@ -136,12 +136,14 @@ def next_step_fits(
 def longest_answer(
     original: Callable[..., int | None], allocator: Any, input_tokens: int, max_new_tokens: int, **others: Any
 ) -> int | None:
-    """How long a request's answer can be if it has all pools for itself."""
+    """How long a request's answer can be if it has all pools for itself; None: its prompt does not fit."""
     most, kept = original(allocator, input_tokens, max_new_tokens, **others), _kept(allocator)
     if most is None or kept is None:
         return most
-    room = min(group.size - group.rule.rows(input_tokens) for group in kept.groups) - 1
-    return max(0, min(most, room))
+    prompt = min(input_tokens, allocator.size)  # SGLang refuses, or truncates, a longer one itself
+    room = min(group.size - group.rule.rows(prompt) for group in kept.groups)
+    # A share of a prompt that fills the whole layers may be more than there is in whole pages of a cut layer.
+    return None if room < 0 else max(0, min(most, room - 1))
 
 
 def leaks(violations: list[str], allocator: Any) -> list[str]:

@@ -10,6 +10,8 @@ from pdtrim_sglang.requirements.decode import check_decode
 from pdtrim_sglang.requirements.states import check_states_served
 from pdtrim_sglang.speculation import check_speculation
 
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")  # as --lora-target-modules names them
+
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
     """Raise RuntimeError for the first option that this plugin cannot serve correctly."""
@@ -65,7 +67,7 @@ def _check_aux_rows() -> None:
 
 
 def _check_lora(server_args: Any, plan: PDPlan | None) -> None:
-    """An adapter names a layer by its number, and a stage's layers are numbered anew."""
+    """An adapter names a layer, and an expert, by its number, and those of a stage are numbered anew."""
     if not (server_args.enable_lora or server_args.lora_paths):
         return
     for stage in STAGES:
@@ -75,6 +77,14 @@ def _check_lora(server_args: Any, plan: PDPlan | None) -> None:
                 f"pdtrim: the plan drops or replaces blocks of {stage} ({', '.join(map(str, changed))}), so an adapter "
                 "of the unpruned model would be applied to other layers: start without --enable-lora and --lora-paths"
             )
+    pruned = [stage for stage in STAGES if plan is not None and plan.kept_experts(stage)]
+    targets = set(server_args.lora_target_modules or ()) if pruned else set()
+    if pruned and (not targets or not targets <= set(ATTENTION_MODULES)):
+        raise RuntimeError(
+            f"pdtrim: the plan keeps some experts of {' and '.join(pruned)} alone, so an adapter of the unpruned model "
+            "would be applied to other experts: start without --enable-lora and --lora-paths, or with "
+            f"--lora-target-modules {' '.join(ATTENTION_MODULES)}, or some of these"
+        )
     if WorkerConfig.parse(server_args.json_model_override_args).engine is not None:
         raise RuntimeError(
             "pdtrim: an engine's weights are its own, and no adapter would be applied: start without --enable-lora and "
