@@ -152,6 +152,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _die(f"{place}: {error.strerror}; fix that and run the same command again", 2)
     except UnicodeEncodeError as error:
         wrong = error.object[error.start : error.end]
+        if error.encoding.lower() not in ("utf-8", "utf8"):
+            _die(f"{wrong!a} cannot be printed in {error.encoding}; set PYTHONIOENCODING=utf-8", 2)
         _die(f"{wrong!r} in a name, as this machine decodes it, is no UTF-8; rename the file or folder", 2)
     except Exception:
         if pressed():  # numpy, whose import was cut short and then tried again, has another error for it
