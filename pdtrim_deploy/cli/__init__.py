@@ -151,13 +151,19 @@ def main(args: Sequence[str] | None = None) -> None:
         place = error.filename2 or error.filename or "cannot write"  # the second: what a file was to replace
         _die(f"{place}: {error.strerror}; fix that and run the same command again", 2)
     except UnicodeEncodeError as error:
-        wrong = error.object[error.start : error.end]
-        _die(f"{wrong!r} in a name, as this machine decodes it, is no UTF-8; rename the file or folder", 2)
+        _die(_cannot_encode(error), 2)
     except Exception:
         if pressed():  # numpy, whose import was cut short and then tried again, has another error for it
             _stopped(arguments)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _cannot_encode(error: UnicodeEncodeError) -> str:
+    wrong = error.object[error.start : error.end]
+    if error.encoding.lower() not in ("utf-8", "utf8"):  # that of a stream
+        return f"{wrong!a} cannot be printed in {error.encoding}; set PYTHONIOENCODING=utf-8"
+    return f"{wrong!r} in a name, as this machine decodes it, is no UTF-8; rename the file or folder"
 
 
 def _reopen_closed() -> None:

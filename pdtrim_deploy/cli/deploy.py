@@ -16,7 +16,7 @@ from pdtrim_deploy.recipe.bounds import MOST_REPLICAS, MOST_TOKENS
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
 from pdtrim_deploy.serving.transports import LIBRARIES
 
-some = click.IntRange(1, MOST_REPLICAS)
+replicas_or_gpus = click.IntRange(1, MOST_REPLICAS)
 OF_KUBERNETES = ("memory", "monitoring")  # and `rdma`, which compose() refuses
 
 
@@ -37,10 +37,10 @@ def deploy() -> None:
 @click.option("--out", type=options.path, help="Folder for the files; files of the same names change.")
 @click.option("--dry-run", is_flag=True, help="Print the files instead of writing them; no --out then.")
 @click.option("--to", type=click.Choice(["kubernetes", "compose"]), default="kubernetes", show_default=True)
-@click.option("--prefill", type=some, default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=some, default=1, show_default=True, help="Decode workers.")
-@click.option("--tp-prefill", type=some, default=1, show_default=True, help="GPUs of a prefill worker.")
-@click.option("--tp-decode", type=some, default=1, show_default=True, help="GPUs of a decode worker.")
+@click.option("--prefill", type=replicas_or_gpus, default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", type=replicas_or_gpus, default=1, show_default=True, help="Decode workers.")
+@click.option("--tp-prefill", type=replicas_or_gpus, default=1, show_default=True, help="GPUs of a prefill worker.")
+@click.option("--tp-decode", type=replicas_or_gpus, default=1, show_default=True, help="GPUs of a decode worker.")
 @click.option("--name", default="pdtrim", show_default=True, help="Of the objects.")
 @click.option("--image", help="Built from the Dockerfile's target serve.  [default: pdtrim-serve:VERSION]")
 @click.option(

@@ -357,6 +357,18 @@ def test_a_name_that_is_no_utf8_is_one_sentence(capsys: pytest.CaptureFixture[st
     assert not (bundle / "reports").exists()
 
 
+def test_a_stream_that_cannot_show_a_character_blames_no_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prints(*_: object, **__: object) -> None:
+        "\u00b1".encode("ascii")
+
+    monkeypatch.setattr(type(cli), "main", prints)
+    code, out, err = run(capsys, "doctor")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "'\\xb1' cannot be printed in ascii; set PYTHONIOENCODING=utf-8" in err
+
+
 def test_brackets_of_a_name_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "plan", make_bundle(tmp_path / "run[v2]").path, "--isl", 32, "--osl", 8)
     assert code == 0

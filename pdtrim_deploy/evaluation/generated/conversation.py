@@ -28,7 +28,7 @@ def converse(
     """
     endpoint = Endpoint.at(url)
 
-    waiting, done = queue.SimpleQueue[Question](), queue.SimpleQueue[tuple[Question, Answer | Exception]]()
+    waiting, done = queue.SimpleQueue[int](), queue.SimpleQueue[tuple[int, Answer | Exception]]()
 
     def answer(question: Question) -> Answer:
         assert question.again is not None
@@ -43,28 +43,28 @@ def converse(
     def work() -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                question = waiting.get_nowait()
+                place = waiting.get_nowait()
                 try:
-                    done.put((question, answer(question)))
+                    done.put((place, answer(questions[place])))
                 except Exception as error:
-                    done.put((question, error))
+                    done.put((place, error))
 
-    for question in questions:
-        waiting.put(question)
+    for place in range(len(questions)):
+        waiting.put(place)
     for _ in range(min(concurrency, len(questions))):
         threading.Thread(target=work, daemon=True).start()  # no daemon would keep a stopped program until its reply
-    answers = dict[str, Answer]()
+    answers = dict[int, Answer]()
     try:
         while len(answers) < len(questions):
-            question, outcome = done.get()
+            place, outcome = done.get()
             if isinstance(outcome, ServingError):
-                raise ServingError(f"{task.name}, question {question.id}: {outcome}") from None
+                raise ServingError(f"{task.name}, question {questions[place].id}: {outcome}") from None
             if isinstance(outcome, Exception):
                 raise outcome
-            answers[question.id] = outcome
+            answers[place] = outcome
             note(f"{len(answers)}/{len(questions)} answers")
     finally:
         with contextlib.suppress(queue.Empty):  # ask no more
             while True:
                 waiting.get_nowait()
-    return [answers[question.id] for question in questions]
+    return [answers[place] for place in range(len(questions))]

@@ -16,6 +16,7 @@ from answering import answering
 from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.evaluation.generated import TASKS
 from pdtrim_deploy.evaluation.generated.base import Answer, Question, QuestionSet, Setting
+from pdtrim_deploy.evaluation.generated.conversation import converse
 from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
 from pdtrim_deploy.evaluation.generated.lengths import check_contexts, choose
 from pdtrim_deploy.evaluation.generated.served import Pair, _judged
@@ -137,6 +138,13 @@ def test_a_turn_without_a_reply_is_no_wrong_answer() -> None:
         pytest.raises(ServingError, match=r"turns, question t-1: .* refused a chat request \(HTTP 400: .*refused"),
     ):
         Pair(url, None, 1).judge(TASKS["turns"], QuestionSet("t", "none", "", (question,)), {})
+
+
+def test_questions_of_one_name_are_each_answered() -> None:
+    questions = [Question("t-1", f"Read {word}.", word, (word,), again=word) for word in ("one", "two")]
+    with answering(lambda text: text) as url:
+        replies = converse(url, TASKS["turns"], questions, 8, 2)
+    assert [reply.text for reply in replies] == ["one", "two"]
 
 
 _STOPPED = """
