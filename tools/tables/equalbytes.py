@@ -18,9 +18,9 @@ def equalbytes(data: dict[str, Any] | None) -> str:
     if data is None:
         return "Not measured yet: `make bench-equalbytes`."
     lines, sizes = [], []
+    texts = list(dict.fromkeys(n for row in data["rows"] for n in row["values"] if not n.startswith(NEEDLE)))
     for model, group in groupby(data["rows"], key=lambda row: row["model"]):
         dense, *rows = group
-        texts = [name for name in dense["values"] if not name.startswith(NEEDLE)]
         (needles,) = (name for name in dense["values"] if name.startswith(NEEDLE))
         budgets = {_reduction(row): row["values"] for row in rows if row["plan"].startswith("budget")}
         lines += [
@@ -33,7 +33,7 @@ def equalbytes(data: dict[str, Any] | None) -> str:
             )
             for row in rows
         ]
-        counts = ", ".join(str(len(dense["values"][name]["nll"])) for name in texts)
+        counts = ", ".join(str(len(dense["values"].get(name, {"nll": ()})["nll"])) for name in texts)
         count = len(dense["values"][needles]["exact"])
         sizes.append(f"{model}: {counts} texts, {count} needles, commit {dense['commit']}")
     lengths = " / ".join(f"{int(tokens):,}" for tokens in dense["reduction"])
@@ -55,6 +55,8 @@ def _reduction(row: dict[str, Any]) -> str:
 
 
 def _cell(values: dict[str, Any], dense: dict[str, Any], budget: dict[str, Any] | None, name: str) -> str:
+    if name not in values:
+        return "not run"
     mean, error = _paired(values[name]["nll"], dense[name]["nll"])
     cell = f"{exp(mean) - 1:.1%} ± {exp(mean) * error:.1%}"
     if budget is None or budget is values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tables.base import interval, rise, table, weights
@@ -52,7 +53,7 @@ def switches(
             "[blocks](docs/benchmarks/blocks.md)",
         ),
     ]
-    planned_tokens = equalbytes["options"]["texts"] * HELD_OUT
+    planned_tokens = len(next(_of_smollm2(equalbytes))["values"]["brown 512"]["nll"]) * HELD_OUT
     judged = min(planned_tokens, _tokens(wire) or planned_tokens)
     caption = (
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
@@ -100,9 +101,13 @@ def _more(wire: Data) -> str:
     return "".join(f"; {weights(name)}" for name in names)
 
 
+def _of_smollm2(equalbytes: Data) -> Iterator[Data]:
+    return (row for row in equalbytes["rows"] if row["model"] == "SmolLM2-135M")
+
+
 def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
     """The row of the budget plan whose rows are shares of the prompt, at each reduction that was measured."""
-    dense, *rows = (row for row in equalbytes["rows"] if row["model"] == "SmolLM2-135M")
+    dense, *rows = _of_smollm2(equalbytes)
     parts = []
     for row in (row for row in rows if row["plan"].startswith("budget")):
         values = row["values"]
