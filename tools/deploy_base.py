@@ -7,9 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
-
-from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes, yaml_text
 from pdtrim_deploy.manifests.dashboard import dashboard
 
 ROOT = Path(__file__).resolve().parent.parent / "deploy"
@@ -26,7 +24,7 @@ def files() -> dict[str, str]:
         f"base/{name}": documents for name, documents in kubernetes(SERVED, Options(prefill=2, decode=6)).items()
     }
     documents_of["compose.yaml"] = [compose(SERVED, Options(bundle=BundleAt("host", "/srv/bundle")))]
-    texts = {name: HEAD + yaml.safe_dump_all(docs, sort_keys=False, width=120) for name, docs in documents_of.items()}
+    texts = {name: HEAD + yaml_text(docs) for name, docs in documents_of.items()}
     return texts | {"grafana/pdtrim-kv.json": json.dumps(dashboard(), indent=2) + "\n"}
 
 

@@ -103,11 +103,9 @@ def render(
     Nothing of this has run on a cluster yet: the manifests are rendered by Kustomize and checked against Kubernetes'
     schemas.
     """
-    import yaml
-
     from pdtrim_deploy.bundle import Bundle
     from pdtrim_deploy.local.atomic import write_atomic
-    from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+    from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes, yaml_text
     from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE
     from pdtrim_deploy.serving.linear_attention import require_linear_attention
@@ -146,7 +144,7 @@ def render(
     )
     served = Served.of(opened.path.resolve().name, opened.plan)
     files = {"compose.yaml": [compose(served, chosen)]} if to == "compose" else kubernetes(served, chosen)
-    texts = {file: yaml.safe_dump_all(documents, sort_keys=False, width=120) for file, documents in files.items()}
+    texts = {file: yaml_text(documents) for file, documents in files.items()}
     if out is None:
         if as_json:
             click.echo(json.dumps({"plan": opened.plan.digest, "files": files}))

@@ -104,11 +104,6 @@ def capability() -> str:
     return _query("compute_cap")
 
 
-def gpus() -> int:
-    """Number of GPUs; 0 without nvidia-smi."""
-    return len(_lines("index"))
-
-
 def _query(field: str) -> str:
     return next(iter(_lines(field)), "")
 

@@ -10,9 +10,9 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check
-from pdtrim_deploy.gpucheck.machine import gpus
 from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.loadtest import Scenario
+from pdtrim_deploy.serving.environment import gpu_count
 
 WHOLE = {"method": "none", "wire_dtype": "int8"}
 SOME_CUT = {"method": "attention-mass", "sparse_layers": 3, "n_first": 4, "n_last": 64}
@@ -76,7 +76,7 @@ def cache_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Ch
 
 def rank_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Attention divided among unlike numbers of ranks, against the oracle; ranks of a worker cannot share a GPU."""
-    pair, count = pair or Pair(serve), gpus()
+    pair, count = pair or Pair(serve), gpu_count()
     usual, single = lazily(folder / "usual", WHOLE), lazily(folder / "single", WHOLE, tiny.Size(num_key_value_heads=1))
     grouped = lazily(folder / "grouped", WHOLE, architecture="Qwen3ForCausalLM")  # SGLang's Llama knows no DP attention
     variants: dict[str, tuple[Callable[[], Bundle], Pair]] = {
@@ -85,7 +85,7 @@ def rank_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
         "copied heads, TP 2 to 2 of one KV head": (single, replace(pair, tp_prefill=2, tp_decode=2)),
         "DP attention on decode, TP 1 to 2": (grouped, replace(pair, tp_decode=2, decode_args=DP_ATTENTION)),
     }
-    skip = "" if count >= 2 else f"needs 2 GPUs, and this machine has {count}"
+    skip = "" if count >= 2 else f"needs 2 GPUs, and workers see {count} here (nvidia-smi, CUDA_VISIBLE_DEVICES)"
     return [
         fidelity_check(f"ranks: {name}", bundle, variant, skip=skip) for name, (bundle, variant) in variants.items()
     ]

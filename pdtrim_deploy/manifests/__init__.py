@@ -3,5 +3,6 @@
 from pdtrim_deploy.manifests.compose import compose
 from pdtrim_deploy.manifests.kubernetes import kubernetes
 from pdtrim_deploy.manifests.options import BundleAt, Options, Served
+from pdtrim_deploy.manifests.text import yaml_text
 
-__all__ = ["BundleAt", "Options", "Served", "compose", "kubernetes"]
+__all__ = ["BundleAt", "Options", "Served", "compose", "kubernetes", "yaml_text"]

@@ -179,6 +179,7 @@ class PoolView:
             offsets = None
             if self.offsets is not None:
                 offsets = self.offsets.to(self.keys[0].device).heads(range(first, stop))
+                self._settle()  # other threads read these copies on streams of their own
             self._parts[heads] = replace(self, keys=keys, values=values, offsets=offsets, first_head=heads.start)
         return self._parts[heads]
 
@@ -211,10 +212,14 @@ class PoolView:
             IndexError: a slot lay outside its pool.
 
         """
+        self._settle()
+        check(self.keys[0].device)
+
+    def _settle(self) -> None:
+        """Until the GPU has done what this thread has asked of it."""
         device = self.keys[0].device
         if device.type != "cpu":
             torch.get_device_module(device).current_stream(device).synchronize()
-        check(device)
 
     def record_event(self) -> Any:
         """An event that the GPU reaches once the work this thread has queued so far is done; None on the CPU.

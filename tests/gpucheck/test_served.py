@@ -86,14 +86,21 @@ def test_smollm2_is_in_a_dtype_that_its_device_attends_in(monkeypatch, tmp_path,
     assert judged[0][0].model.dtype == dtype
 
 
-@pytest.mark.parametrize(("count", "skip"), [(1, "needs 2 GPUs, and this machine has 1"), (2, "")])
-def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
-    monkeypatch.setattr(options, "gpus", lambda: count)
+ONE = "needs 2 GPUs, and workers see 1 here (nvidia-smi, CUDA_VISIBLE_DEVICES)"
+
+
+@pytest.mark.parametrize(("visible", "skip"), [("1", ONE), ("0,1", "")])
+def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, visible, skip):
+    """Of those that `serve` may use, and not of all that the machine has."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: X (UUID: GPU-0)\\nGPU 1: X (UUID: GPU-1)\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert {check.skip for check in options.rank_checks(tmp_path, tmp_path)} == {skip}
 
 
 def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged):
-    monkeypatch.setattr(options, "gpus", lambda: 2)
+    monkeypatch.setattr(options, "gpu_count", lambda: 2)
     monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size, **more: (size, more.get("architecture")))
     assert {row.status for row in rows_of(options.rank_checks(tmp_path, tmp_path))} == {"run"}
     variants = [

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes, yaml_text
 from pdtrim_deploy.manifests.dashboard import PANELS
 from pdtrim_deploy.plan import STAGES, LinearStates, ModelShape, PDPlan
 
@@ -276,6 +276,15 @@ def test_dollars_in_arguments_are_no_variables() -> None:
     assert container(objects(**more)["Deployment", "pdtrim-prefill"])["command"][-1] == "/var/$$HOST/$$(POD)/$$$$"
 
 
+def test_words_that_others_read_as_numbers_are_quoted() -> None:
+    """PyYAML knows YAML 1.1 alone; kubectl and Docker, which read 1e-5 as a number, would refuse the command."""
+    words = ["1e-5", "1E5", "12e03", "-1e+3", ".5e1", "1.e5", "0o17", "y", "N", "1.5", "16", "on", "~"]
+    others = ["1e", "e5", "1.2.3", "0o8", "yes!", "12ab", "--y", "."]
+    lines = yaml_text([words + others]).splitlines()
+    assert lines == [*(f"- '{word}'" for word in words), *(f"- {word}" for word in others)]
+    assert yaml_text([{"a": 1, "b": 1e-5, "c": True, "d": None}]) == "a: 1\nb: 1.0e-05\nc: true\nd: null\n"
+
+
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     rendered = compose(
         SERVED, Options(prefill=1, decode=2, tp_prefill=3, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
@@ -372,6 +381,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ["--log-level", "debug"],
         ["--mem-fraction-static", "0.8"],
     ]
+    code, text, _ = run("--decode-args", "--mem-fraction-static 8e-1", "--dry-run")
+    assert code == 0
+    assert "- '8e-1'\n" in text
     code, _, err = run("--tp-decode", "3", "--out", str(tmp_path / "x"))
     assert code == 2
     assert err.startswith("pdtrim-deploy: --tp-decode 3: 4 KV heads can neither be divided among 3 ranks")

@@ -9,8 +9,10 @@ import pytest
 import torch
 from pdtrim_builders import build_target
 from pdtrim_builders.graph import ops
+from pdtrim_builders.graph.build import build_graph
 from pdtrim_builders.graph.rope import KINDS, rope_settings, rope_table
 from pdtrim_builders.graph.stage import read_stage
+from pdtrim_builders.graph.weights import weight_bytes
 from pdtrim_builders.numerics import check_numerics
 from pdtrim_builders.prompts import PROMPTS
 from pdtrim_builders.runtime_onnx import OnnxStage
@@ -174,6 +176,14 @@ def test_external_data_changes_nothing(tiny_stages, tmp_path):
         assert any("without onnxruntime's optimisations" in limit for limit in result.limits) == (name == "two")
         hidden.append(OnnxStage(tmp_path / name / "model.onnx").run(ids, torch.arange(20)).hidden)
     assert torch.equal(*hidden)
+
+
+def test_ropes_table_counts_as_weights(tiny_stages, tmp_path):
+    """Of a million positions it is what takes a graph beyond the 2 GiB that one file may have."""
+    stage = read_stage(tiny_stages("LlamaForCausalLM") / "decode")
+    weights = weight_bytes(stage.tensors, "float32")
+    graph = build_graph(stage, tmp_path / "model.onnx", "float32", external_above=weights)
+    assert len(graph.files) == 2
 
 
 def test_the_same_stage_gives_the_same_bytes(tiny_stages, tmp_path):

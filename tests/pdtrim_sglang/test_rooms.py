@@ -267,6 +267,22 @@ def test_a_gpu_is_waited_for_and_a_cpu_is_not(source, monkeypatch):
     assert [call for _, call in streams.calls] == ["waited"]
 
 
+def test_offsets_of_some_heads_are_there_before_another_thread_uses_them(monkeypatch):
+    """A GPU copies them on the stream of the thread that asks first, and others have their own."""
+    streams = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=2, head_dim=4, kv_dtype="float32")
+    with PretendedGPU():
+        pool = PoolView([gpu(torch.zeros(8, 2, 4))], [gpu(torch.zeros(8, 2, 4))], PAGE)
+        pool.of_heads(range(1))
+        assert streams.calls == []
+        pool = PoolView(pool.keys, pool.values, PAGE, offsets=random_offsets(shape, [0]))
+        part = pool.of_heads(range(1))
+        assert pool.of_heads(range(1)) is part
+        assert part.offsets.device.type == "cuda"
+    assert [call for _, call in streams.calls] == ["waited"]
+
+
 def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source, target, aux, monkeypatch):
     """Its stream is not that of the thread that scatters: slots may be still to come, and still be written to."""
     streams = Streams()

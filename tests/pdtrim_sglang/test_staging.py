@@ -140,6 +140,22 @@ def test_on_a_gpu_outputs_are_aligned_and_a_chunk_is_packed_whole():
             assert torch.equal(out, pack(layout, keys, values, torch.arange(start, stop)))
 
 
+def test_what_a_thread_makes_on_its_stream_no_other_thread_is_given(monkeypatch):
+    """Several ranks of decode are sent heads of the same span, each by a thread with a stream of its own."""
+    plan, given = make_plan(SENDS[:3]), []
+    monkeypatch.setattr("pdtrim_sglang.staging.spans.pack", lambda *arguments: given.append(arguments[3]))
+    with PretendedGPU():
+        staging = Staging(plan, HEADS, torch.float32, Arena(1 << 16, "cuda"))
+        staging.expect("a", 7, 30)
+        staging.commit(staging.batch(["a"], [0], [30]))
+        ((_, _, span),) = staging.cut(7, 0, 30)
+        for head in range(HEADS):
+            layout = chunk_layout(plan, 30, 0, 30, 1)
+            span.payload(layout, torch.empty(layout.total_bytes, dtype=torch.uint8), None, slice(head, head + 1))
+    assert [slots.tolist() for slots in given] == [[*range(30)]] * HEADS
+    assert len({slots.data_ptr() for slots in given}) == HEADS
+
+
 def test_a_request_that_nobody_awaits_or_that_was_forgotten_is_not_staged():
     staging = Staging(make_plan(SENDS[:3]), HEADS, torch.float32, Arena(1 << 20))
     assert staging.batch(["stranger"], [0], [5]) is None

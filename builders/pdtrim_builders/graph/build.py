@@ -60,7 +60,8 @@ def build_graph(
     """
     if dtype not in ONNX_DTYPES:
         raise UserError(f"dtype {dtype!r} has no graph; use one of {', '.join(ONNX_DTYPES)}")
-    external = weight_bytes(stage.tensors, dtype) > external_above
+    tables = 4 * stage.positions * stage.head_dim  # RoPE's, in float32 at most: half a gigabyte of a million positions
+    external = weight_bytes(stage.tensors, dtype) + tables > external_above
     data = path.with_name(path.name + ".data") if external else None
     with Weights(stage.tensors, dtype, data) as weights:
         model = _model(stage, weights, dtype, encode)

@@ -88,8 +88,9 @@ class Span:
         """Number of a decode layer in `layout.layers`."""
         return {rows.decode_layer: place for place, rows in enumerate(self.layout.layers)}
 
-    @cached_property
+    @property
     def _slots(self) -> Tensor:
+        """Made for each chunk: its thread has a stream of its own, and a chunk goes to several ranks at once."""
         return torch.arange(max(sides.shape[1] for sides in self.sides), device=self.block.bytes.device)
 
 
