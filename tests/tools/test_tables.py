@@ -173,13 +173,17 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     }
     more = rows_of(("SmolLM2-135M", "brown", "int4", "scaled", 1.002), (qwen, "brown", "int4", "scaled", 1.004))
     sources["wire"] = {"rows": [*rows, *more]}
-    right = {"dense": [1, 1, 1], "uniform k4v3": [1, 0, 1]}
+    right = {"dense": [1, 1, 1], "uniform k4v3": [1, 0, 1], "6 of 24 blocks K and V alone in prefill": [0, 0, 1]}
     answers = [{"plan": plan, "task": "humaneval", "right": values} for plan, values in right.items()]
     sources["generated"] = {"rows": [*answers, {"plan": "uniform int4", "task": "gsm8k", "right": [1]}]}
     text = tool.TABLES["switches"].render(*sources.values())
     assert "| 0.2% ± 0.1% on SmolLM2-135M, 0.4% ± 0.1% on Qwen2.5-Coder-0.5B |" in text
     cost = "0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B, which solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
+    alone = (
+        "With 6 of 24 blocks K and V alone, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
+    )
+    assert alone in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
 
 

@@ -42,7 +42,7 @@ def switches(
             f"KV-only prefill: {alone} of 30 blocks compute K and V alone, prefill is trained for {steps} steps: "
             f"`healing: {{kv_only_blocks: {alone}, prefill_steps: {steps}, ...}}`",
             f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
-            ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()),
+            ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()) + _alone_answers(generated),
             "[blocks](docs/benchmarks/blocks.md)",
         ),
         (
@@ -99,6 +99,17 @@ def _more(wire: Data) -> str:
     """The other models of bench-wire."""
     names = list(uniform(wire["rows"], "k4v3"))[1:]
     return "".join(f"; {weights(name)}" for name in names)
+
+
+def _alone_answers(generated: Data) -> str:
+    """What a model with KV-only blocks in prefill still answers; empty where that was not measured."""
+    right = {row["plan"]: row["right"] for row in generated["rows"] if row["task"] == "humaneval"}
+    return "".join(
+        f". **With {plan.replace(' in prefill', '')}, not trained, Qwen2.5-Coder-0.5B solves {sum(answers)} of "
+        f"HumanEval's {len(answers)} problems, dense {sum(right['dense'])}**"
+        for plan, answers in right.items()
+        if plan.endswith("K and V alone in prefill")
+    )
 
 
 def _of_smollm2(equalbytes: Data) -> Iterator[Data]:

@@ -42,4 +42,4 @@ def _beside(right: list[int], dense: list[int]) -> tuple[str, str]:
     won, lost = (sum(difference * side > 0 for difference in differences) for side in (1, -1))
     tail = sum(comb(won + lost, count) for count in range(min(won, lost) + 1)) / 2 ** (won + lost)
     tie = " (tie)" if abs(fmean(differences)) <= 2 * error else ""
-    return f"{fmean(differences):+.1f} ± {error:.1f}{tie}", f"{min(1.0, 2 * tail):.2f}"
+    return f"{fmean(differences):+.1f} ± {error:.1f}{tie}", f"{min(1.0, 2 * tail):.2f}" if tail >= 0.005 else "< 0.01"
