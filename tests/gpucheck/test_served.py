@@ -86,10 +86,10 @@ def test_smollm2_is_in_a_dtype_that_its_device_attends_in(monkeypatch, tmp_path,
     assert judged[0][0].model.dtype == dtype
 
 
-ONE = "needs 2 GPUs, and workers see 1 here (nvidia-smi, CUDA_VISIBLE_DEVICES)"
+ONE_GPU = "needs 2 GPUs, and workers see 1 here (nvidia-smi, CUDA_VISIBLE_DEVICES)"
 
 
-@pytest.mark.parametrize(("visible", "skip"), [("1", ONE), ("0,1", "")])
+@pytest.mark.parametrize(("visible", "skip"), [("1", ONE_GPU), ("0,1", "")])
 def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, visible, skip):
     """Of those that `serve` may use, and not of all that the machine has."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0: X (UUID: GPU-0)\\nGPU 1: X (UUID: GPU-1)\\n'\n")
