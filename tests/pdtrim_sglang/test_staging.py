@@ -142,8 +142,8 @@ def test_on_a_gpu_outputs_are_aligned_and_a_chunk_is_packed_whole():
 
 def test_what_a_thread_makes_on_its_stream_no_other_thread_is_given(monkeypatch):
     """Several ranks of decode are sent heads of the same span, each by a thread with a stream of its own."""
-    plan, given = make_plan(SENDS[:3]), []
-    monkeypatch.setattr("pdtrim_sglang.staging.spans.pack", lambda *arguments: given.append(arguments[3]))
+    plan, slots_of = make_plan(SENDS[:3]), []
+    monkeypatch.setattr("pdtrim_sglang.staging.spans.pack", lambda *arguments: slots_of.append(arguments[3]))
     with PretendedGPU():
         staging = Staging(plan, HEADS, torch.float32, Arena(1 << 16, "cuda"))
         staging.expect("a", 7, 30)
@@ -152,8 +152,8 @@ def test_what_a_thread_makes_on_its_stream_no_other_thread_is_given(monkeypatch)
         for head in range(HEADS):
             layout = chunk_layout(plan, 30, 0, 30, 1)
             span.payload(layout, torch.empty(layout.total_bytes, dtype=torch.uint8), None, slice(head, head + 1))
-    assert [slots.tolist() for slots in given] == [[*range(30)]] * HEADS
-    assert len({slots.data_ptr() for slots in given}) == HEADS
+    assert [slots.tolist() for slots in slots_of] == [[*range(30)]] * HEADS
+    assert len({slots.data_ptr() for slots in slots_of}) == HEADS
 
 
 def test_a_request_that_nobody_awaits_or_that_was_forgotten_is_not_staged():
