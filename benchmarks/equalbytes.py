@@ -4,12 +4,12 @@
     budget Rx            rows and dtype of each layer, chosen by the solver; rows as shares of the prompt
     StreamingLLM W, Rx   the first 4 rows and the last ones, as a share of the prompt, one number for all layers
 
-All have the same key offsets and scales, and read the same calibration text: the default mixture, a quarter of its
+All have the same key offsets and scales. The budget plan alone is chosen on text: the default mixture, a quarter of its
 sequences with a passage repeated at their end. Effects are measured once for all budgets. As shares, plans keep their
-reduction at every length. All are judged behind one prefill, on the PD oracle in float32 behind a bfloat16 pool:
-continuations of the final split of prose, code and agents' conversations, and needles. Values of every text are kept,
-so that differences are paired, and the benchmark goes on from there (out/bench-equalbytes). The file keeps the rows of
-other models, whatever their commit.
+reduction within 5 % at prompts of 128 tokens and more. All are judged behind one prefill, on the PD oracle in float32
+behind a bfloat16 pool: continuations of the final split of prose, code and agents' conversations, and needles. Values
+of every text are kept, so that differences are paired, and the benchmark goes on from there (out/bench-equalbytes). The
+file keeps the rows of other models, whatever their commit.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ def test_the_demo_ends_with_its_table_and_its_page(tiny_llama_dir, real_cache, t
     assert link["speed"] == "1 Mb/s"
     assert link["relays"] == {"dense": "2 Mb/s", "pruned": "2 Mb/s"}
     (transfer_time,) = (ratio for ratio in results["ratios"] if ratio["figure"] == "KV transfer time")
-    # A sixth, and more where a busy machine is late.
-    assert transfer_time["ratio"] < 0.7, "the link is slow enough that bytes decide: a sixth of them"
+    assert transfer_time["ratio"] < 0.5, "the link is slow enough that bytes decide: a sixth of them"
     rows = 24 + 4 + 4  # of each cut layer: last and first of the prompt, and the answer
     row = 2 * 2 * 16 * 4  # K and V, heads, head size, bytes
     held = {name: memory[name]["decode_request"] / row for name in memory}

@@ -31,9 +31,20 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def rise(losses: Sequence[float], dense: Sequence[float]) -> str:
     """Rise of perplexity, and its standard error, from losses of the same sequences, nats a token: `4.2% ± 0.8%`."""
-    differences = [loss - before for loss, before in zip(losses, dense, strict=True)]
-    ratio = exp(fmean(differences))
-    return f"{ratio - 1:.1%} ± {ratio * stdev(differences) / sqrt(len(differences)):.1%}"
+    mean, error = paired(losses, dense)
+    return f"{exp(mean) - 1:.1%} ± {exp(mean) * error:.1%}"
+
+
+def difference(losses: Sequence[float], others: Sequence[float]) -> str:
+    """Mean difference of losses of the same sequences, nats a token, and its standard error: `-0.010 ± 0.007 (tie)`."""
+    mean, error = paired(losses, others)
+    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
+
+
+def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean difference of losses of the same sequences, and its standard error."""
+    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
+    return fmean(differences), stdev(differences) / sqrt(len(differences))
 
 
 def where(environment: dict[str, Any], *more: str, model: str = SMOLLM2) -> str:

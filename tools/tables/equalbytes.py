@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from math import exp, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import precision, table, where
+from tables.base import paired, precision, rise, table, where
 
 TEXTS = {"brown": "Brown", "code": "code", "agents": "agents", "austen": "Austen"}
 NEEDLE = "needle"
@@ -57,14 +56,8 @@ def _reduction(row: dict[str, Any]) -> str:
 def _cell(values: dict[str, Any], dense: dict[str, Any], budget: dict[str, Any] | None, name: str) -> str:
     if name not in values:
         return "not run"
-    mean, error = _paired(values[name]["nll"], dense[name]["nll"])
-    cell = f"{exp(mean) - 1:.1%} ± {exp(mean) * error:.1%}"
+    cell = rise(values[name]["nll"], dense[name]["nll"])
     if budget is None or budget is values:
         return cell
-    mean, error = _paired(values[name]["nll"], budget[name]["nll"])
+    mean, error = paired(values[name]["nll"], budget[name]["nll"])
     return cell + (f" ({'higher' if mean > 0 else 'lower'})" if abs(mean) > 2 * error else "")
-
-
-def _paired(losses: list[float], others: list[float]) -> tuple[float, float]:
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    return fmean(differences), stdev(differences) / sqrt(len(differences))

@@ -132,7 +132,7 @@ def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
     return (
         "budget plan, a solver picks rows and dtype of each layer, rows as shares of the prompt: "
         "`include: [units/kv/balanced-shares.yaml]`",
-        "what is asked for, at every prompt length: here 4.95x and 10x KV bytes",
+        "what is asked for, within 5 % at prompts of 128 tokens and more: here 4.95x and 10x KV bytes",
         ". ".join(parts),
         "[kv](docs/benchmarks/kv.md#rules-behind-quantised-rows)",
     )

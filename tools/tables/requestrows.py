@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import rise, table, where
+from tables.base import difference, rise, table, where
 
 
 def requestrows(data: dict[str, Any] | None) -> str:
@@ -16,7 +16,7 @@ def requestrows(data: dict[str, Any] | None) -> str:
     dense, lines = rows.pop(("dense", "-")), []
     for (plan, rule), row in rows.items():
         usual = rows[plan, "first and last"]
-        differs = "" if row is usual else _difference(row["nll"], usual["nll"])
+        differs = "" if row is usual else difference(row["nll"], usual["nll"])
         codes = f"{fmean(row['needle']):.0%}"
         lines.append((plan, rule, f"{row['reduction']:.2f}x", rise(row["nll"], dense["nll"]), differs, codes))
     options = data["options"]
@@ -28,9 +28,3 @@ def requestrows(data: dict[str, Any] | None) -> str:
         f"SnapKV: scores of the last {options['window']} queries, smoothed over 5 rows, its row lists counted",
         "± is the standard error of the difference paired by sequence",
     )
-
-
-def _difference(loss: list[float], other: list[float]) -> str:
-    pairs = [value - base for value, base in zip(loss, other, strict=True)]
-    mean, error = fmean(pairs), stdev(pairs) / len(pairs) ** 0.5
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")

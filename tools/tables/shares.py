@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from math import exp, sqrt
-from statistics import fmean, stdev
+from math import exp
 from typing import Any
 
-from tables.base import table, where
+from tables.base import difference, paired, table, where
 
 
 def shares(data: dict[str, Any] | None) -> str:
@@ -19,7 +18,7 @@ def shares(data: dict[str, Any] | None) -> str:
         loss = {row["plan"]: row for row in group}
         dense = loss.pop("dense")["loss"]
         cells = [f"{row['reduction']:.1f}x, {_ratio(row['loss'], dense)}" for row in loss.values()]
-        lines.append((f"{tokens:,}", *cells, _difference(loss["share"]["loss"], loss["fixed"]["loss"])))
+        lines.append((f"{tokens:,}", *cells, difference(loss["share"]["loss"], loss["fixed"]["loss"])))
     count, more = data["options"]["sequences"], data["options"]["continuation"] - 1
     return table(
         ("prompt tokens", "chosen at 512", "fixed, as many bytes in all", "share", "share less fixed, nats a token"),
@@ -33,15 +32,5 @@ def shares(data: dict[str, Any] | None) -> str:
 
 
 def _ratio(loss: list[float], other: list[float]) -> str:
-    mean, error = _paired(loss, other)
+    mean, error = paired(loss, other)
     return f"{exp(mean):.3f} ± {exp(mean) * error:.3f}"
-
-
-def _difference(loss: list[float], other: list[float]) -> str:
-    mean, error = _paired(loss, other)
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
-
-
-def _paired(loss: list[float], other: list[float]) -> tuple[float, float]:
-    differences = [value - base for value, base in zip(loss, other, strict=True)]
-    return fmean(differences), stdev(differences) / sqrt(len(differences))

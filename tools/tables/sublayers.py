@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from math import sqrt
-from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import commits, rise, table, where
+from tables.base import commits, difference, rise, table, where
 
 CORPORA = {"brown": "Brown", "code": "code"}
 STRIDE = 1000  # of pruning/units.py: block 5 is unit 5, its attention 1005, its MLP 2005
@@ -21,7 +19,7 @@ def sublayers(data: dict[str, Any] | None) -> str:
     lines = []
     for row in data["rows"]:
         blocks = next((other for other in data["rows"] if _equal(row, other)), None)
-        against = [_difference(row[name], blocks[name]) if blocks else "" for name in CORPORA]
+        against = [difference(row[name], blocks[name]) if blocks else "" for name in CORPORA]
         rises = [rise(row[name], row[f"{name}_dense"]) for name in CORPORA]
         units = ", ".join(str(int(unit) % STRIDE) for unit in row["units"].split(", "))
         kind = {"mlp": "MLP"}.get(row["kind"], row["kind"]) + "s" * (row["removed"] > 1)
@@ -45,9 +43,3 @@ def _equal(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether `other` lost whole blocks of the weights that `row` lost in sublayers, by the same draw of the text."""
     same = (_quarters(row), row["seed"]) == (_quarters(other), other["seed"])
     return same and other["kind"] == "block" and row["kind"] != "block"
-
-
-def _difference(losses: list[float], others: list[float]) -> str:
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from math import sqrt
-from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import commits, rise, table, where
+from tables.base import commits, difference, rise, table, where
 
 CORPORA = ("brown", "code")
 
@@ -20,7 +18,7 @@ def width(data: dict[str, Any] | None) -> str:
     lines = []
     for row in (row for row in rows if row["case"] != "dense"):
         blocks = next((other for other in rows if row.get("width") and _pairs(row, other)), None)
-        against = [_difference(row[corpus], blocks[corpus]) if blocks else "" for corpus in CORPORA]
+        against = [difference(row[corpus], blocks[corpus]) if blocks else "" for corpus in CORPORA]
         share = f"{row['parameters'] / dense['parameters']:.3f}"
         lines.append((row["text"], row["case"], share, *(rise(row[c], dense[c]) for c in CORPORA), *against))
     options = data["options"]
@@ -43,9 +41,3 @@ def _pairs(row: dict[str, Any], other: dict[str, Any]) -> bool:
     alike = all(row.get(name) == other.get(name) for name in ("text", "treatment"))
     near = abs(row["parameters"] / other["parameters"] - 1) < 0.015
     return alike and near and other.get("blocks") == 6 and not other.get("width")
-
-
-def _difference(losses: list[float], others: list[float]) -> str:
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
