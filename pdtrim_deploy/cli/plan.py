@@ -73,7 +73,7 @@ def plan(
     traffic = Traffic(isl, osl, Link.parse(link), max_utilisation, rate, prefill_tokens_per_s)
     goal = workers.goal(traffic)
     all_subjects = subjects(targets, config)
-    rates = workers.unpruned(all_subjects) if goal else None
+    rates = workers.unpruned(all_subjects, isl) if goal else None
     if rates:
         traffic = replace(traffic, prefill_tokens_per_s=rates.prefill_tokens_per_s)
     for subject in all_subjects:

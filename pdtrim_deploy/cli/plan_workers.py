@@ -63,8 +63,8 @@ class Workers:
         within = (self.slo_ttft, self.slo_itl, traffic.link, self.link_each, traffic.max_utilisation)
         return Goal(traffic.rate, traffic.isl, traffic.osl, *within)
 
-    def unpruned(self, subjects: Sequence[Subject]) -> Rates:
-        """Rates of the unpruned model, from the files."""
+    def unpruned(self, subjects: Sequence[Subject], tokens: int) -> Rates:
+        """Rates of the unpruned model, from the files, which were measured at prompts of so many tokens."""
         from pdtrim_deploy.sizing import Rates
 
         rates = Rates.load(self.files)
@@ -73,7 +73,7 @@ class Workers:
         if len(subjects) > 1:
             raise UserError(f"--rates-of planned with {len(subjects)} targets: which one was measured? Give one target")
         plan = subjects[0].plan
-        return rates.scaled(1 / plan.prefill_share, 1 / plan.decode_share)
+        return rates.scaled(1 / plan.prefill_share(tokens), 1 / plan.decode_share)
 
     def sides(self, subjects: Sequence[Subject], rates: Rates, goal: Goal) -> dict[str, SizedSide]:
         """By column: each model unpruned, and each plan."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models import kv_only
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import STAGES
 
@@ -27,4 +28,6 @@ def oracle_of(
         for folder, name in zip(plan.checkpoints, ("unified",) if plan.unified else STAGES, strict=True)
     }
     prefill, decode = models[plan.folder("prefill")], models[plan.folder("decode")]
+    if plan.kv_only_tail:
+        kv_only.attach(prefill, plan, kv_only.read(bundle.prefill_dir, plan))
     return PDOracle(prefill, decode, plan.with_parts(unified=False), KeyOffsets.read(bundle.prefill_dir, plan))

@@ -8,10 +8,16 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pdtrim_deploy.models.loading import TORCH_DTYPES
 from pdtrim_deploy.models.writer import save
 
 BlockTensors = Mapping[int, Mapping[str, Tensor]]
 """By block, then by the tensor's name within the block: `{4: {"mlp.down_proj.weight": ...}}`."""
+
+
+def cast(blocks: BlockTensors, dtype: str) -> BlockTensors:
+    """The same in another dtype, by its name."""
+    return {block: {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in named.items()} for block, named in blocks.items()}
 
 
 def save_blocks(blocks: BlockTensors, file: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.models import kv_only
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
@@ -63,11 +64,13 @@ class PDOracle:
     Args:
         prefill_model, decode_model: stage models with the plan's layers; they may share weights.
         plan: sublayers that it leaves out are skipped, whatever the models have there; its `row_dtype` is that of
-            prompt KV in the pool and on the wire, whatever the models compute in.
+            prompt KV in the pool and on the wire, whatever the models compute in. One with a tail needs a prefill
+            model with second projections (`kv_only.attach`).
         offsets: the plan's key offsets, of all KV heads; None when it has none.
 
     Raises:
-        ValueError: a model's layers are not as many as the plan's, or the offsets are not the plan's.
+        ValueError: a model's layers are not as many as the plan's, the offsets are not the plan's, or second
+            projections are missing.
 
     """
 
@@ -83,6 +86,7 @@ class PDOracle:
             if layers != len(planned):
                 raise ValueError(f"the {stage} model has {layers} layers, the plan {len(planned)}")
             models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage))
+        kv_only.check_attached(models["prefill"], plan)
         self.prefill_model, self.decode_model = models["prefill"], models["decode"]
         self._prefill, self.decode = Blockwise(self.prefill_model), Blockwise(self.decode_model)
 
@@ -130,10 +134,13 @@ class PDOracle:
         dtype, home = getattr(torch, self.plan.model.row_dtype), self._prefill.home
         pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
         kept: list[list[State]] = [[] for _ in parts]
-        run = LayerRun(self._prefill, parts)
+        run, tail = LayerRun(self._prefill, parts), self.plan.kv_only_tail
         while run.running:
             kvs = [LayerKV(pool=self.fp8_pool) for _ in parts]
-            run.advance(kvs)
+            if tail and run.layer in self.plan.kv_only_layers:
+                kv_only.advance(run, kvs, tail)
+            else:
+                run.advance(kvs)
             for pool, states, kv in zip(pools, kept, kvs, strict=True):
                 if kv.state is not None and self.plan.model.states is not None:
                     states.append(state_to_pool(kv.state, self.plan.model.states, home))

@@ -69,7 +69,7 @@ def blocks_plan(context: Context) -> PDPlan:
         return plan
     alone = json.loads((context.out / HEALING).read_text())["kv_only_blocks"]
     prefill = tuple(KVOnly() if block in alone else action for block, action in enumerate(plan.prefill))
-    return plan.with_parts(prefill=prefill)
+    return plan.with_parts(prefill=prefill, kv_only_tail=context.recipe.healing.kv_only_tail)
 
 
 def heal(context: Context) -> set[str]:
@@ -178,7 +178,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     model = context.model if section.trains and _holds_model(context) else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
-        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note)
+        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note, section.kv_only_tail)
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
         pair = fit_kv_only(pair, alone, few, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]

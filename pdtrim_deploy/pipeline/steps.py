@@ -12,6 +12,7 @@ from pdtrim_deploy.pipeline import heal_kv, texts
 from pdtrim_deploy.pipeline.chosen import PRUNING
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.plan.blocks import KV_ONLY
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.pruning.search_logs import DECODE_AGAIN, LOGS, finalists_log, search_log
 
@@ -172,10 +173,16 @@ def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
 
 def write_stage(context: Context, stage: Stage) -> set[str]:
     """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
+    from pdtrim_deploy.models.block_tensors import cast, save_blocks
+    from pdtrim_deploy.models.kv_only import divide
     from pdtrim_deploy.models.surgery import write_stage as write
 
-    plan = context.plan
-    blocks = plan.layers(stage)
+    plan, changed = context.plan, heal_kv.changed(context).get(stage, {})
+    blocks, files = plan.layers(stage), [context.out / KEY_OFFSETS] if plan.key_offsets else []
+    if stage == "prefill" and plan.kv_only_tail:
+        changed, second = divide(changed, plan)
+        files.append(context.out / WORK / KV_ONLY)
+        save_blocks(cast(second, context.recipe.model.dtype), files[-1])
     context.forget_model()
     quantized = context.checkpoint.quantized
     context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
@@ -186,10 +193,10 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
         blocks,
         context.recipe.model.dtype,
         plan.model_dump(mode="json"),
-        replacements=heal_kv.changed(context).get(stage),
+        replacements=changed,
         experts=plan.kept_experts(stage),
         missing=plan.missing(stage),
-        files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
+        files=files,
         note=context.note,
     )
     return {folder}

@@ -45,7 +45,8 @@ class KVOnly(Frozen):
     """Prefill only: the block makes its K and V, by projections fitted to that, and leaves the hidden state as it is.
 
     So decode may keep a block that prefill all but skips (POP, arXiv:2602.03295). In the checkpoint it is a layer of
-    its own whose o_proj and down_proj are zero: any engine runs it rightly, one that knows it skips the rest.
+    its own whose o_proj and down_proj are zero: any engine runs it rightly, one that knows it skips the rest. Where the
+    plan has a tail it is the model's own layer, and the fitted projections lie in `KV_ONLY`.
     """
 
     kind: Literal["kv_only"] = "kv_only"
@@ -66,6 +67,8 @@ class WithoutMLP(Frozen):
     kind: Literal["without_mlp"] = "without_mlp"
 
 
+KV_ONLY = "kv_only.safetensors"
+"""File of a prefill checkpoint whose plan has a tail: the second K and V projections of `KVOnly` blocks."""
 KV_ONLY_SHARE = 0.1
 """Of a whole block's work: both projections are 1.5 to 6.3 % of the weights of the blocks whose facts we ship."""
 

@@ -43,8 +43,8 @@ class PDPlan(KVRules):
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans without key offsets, with all experts, or of a pair read as they did before there were others."""
-        later = {"key_offsets": None, "experts": None, "unified": False}
+        """Plans without what came later read as they did before: key offsets, fewer experts, one model, a tail."""
+        later = {"key_offsets": None, "experts": None, "unified": False, "kv_only_tail": 0}
         return {key: value for key, value in serialise(self).items() if key not in later or value != later[key]}
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeInt, model_validator
 
 from pdtrim_deploy.plan.blocks import (
     KV_ONLY_SHARE,
@@ -34,6 +34,8 @@ class StageBlocks(Frozen):
 
     Attributes:
         prefill, decode: one action per block of the original model.
+        kv_only_tail: the last tokens of a prompt, which blocks that prefill runs for K and V alone run whole all the
+            same, with the model's own weights; 0: none, and absent from JSON.
 
     """
 
@@ -41,6 +43,7 @@ class StageBlocks(Frozen):
     model: ModelShape
     prefill: tuple[Action, ...]
     decode: tuple[Action, ...]
+    kv_only_tail: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> StageBlocks:
@@ -63,6 +66,8 @@ class StageBlocks(Frozen):
         for block in self.decode_kv_blocks:
             if self._kv_source(block) is None:
                 raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
+        if self.kv_only_tail and not self.kv_only_layers:
+            raise ValueError(f"kv_only_tail is {self.kv_only_tail} but prefill runs no block for its K and V alone")
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:
@@ -91,10 +96,13 @@ class StageBlocks(Frozen):
         """Layers of the prefill model that run for their K and V alone."""
         return tuple(j for j, block in enumerate(self.prefill_layers) if self.prefill[block].kind == "kv_only")
 
-    @property
-    def prefill_share(self) -> float:
-        """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone is `KV_ONLY_SHARE`."""
-        return (self._work("prefill") - (1 - KV_ONLY_SHARE) * len(self.kv_only_layers)) / self.model.num_blocks
+    def prefill_share(self, tokens: int) -> float:
+        """What prefill computes of a prompt of so many tokens, of the unpruned model's blocks.
+
+        A token that is not of the tail costs `KV_ONLY_SHARE` of a layer that runs for its K and V alone.
+        """
+        spared = (1 - KV_ONLY_SHARE) * len(self.kv_only_layers) * (1 - min(1.0, self.kv_only_tail / tokens))
+        return (self._work("prefill") - spared) / self.model.num_blocks
 
     @property
     def decode_share(self) -> float:

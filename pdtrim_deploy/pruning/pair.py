@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.kv_only import attach, divide
 from pdtrim_deploy.models.surgery import Replacements, keep_blocks
 from pdtrim_deploy.plan import Action, PDPlan, Stage
 
@@ -24,9 +25,12 @@ class StagePair:
 
     def stage(self, stage: Stage) -> CausalLM:
         """That stage's model; what it has not changed it shares with the dense one."""
-        plan = self.plan
-        changed, experts, missing = self.changed.get(stage), plan.kept_experts(stage), plan.missing(stage)
-        return keep_blocks(self.model, plan.layers(stage), changed, experts, missing)
+        plan, changed = self.plan, self.changed.get(stage, {})
+        layers, experts, missing = plan.layers(stage), plan.kept_experts(stage), plan.missing(stage)
+        if stage == "decode" or not plan.kv_only_tail:
+            return keep_blocks(self.model, layers, changed, experts, missing)
+        own, second = divide(changed, plan)
+        return attach(keep_blocks(self.model, layers, own, experts, missing), plan, second)
 
     def with_changes(self, stage: Stage, more: Replacements) -> StagePair:
         """The same with more tensors of one stage changed, or changed again."""

@@ -138,6 +138,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _tail_in_sglang(self) -> Recipe:
+        if self.healing.kv_only_tail and self.targets.requested:
+            raise ValueError(
+                f"healing.kv_only_tail is {self.healing.kv_only_tail} but targets asks for engines, which run a layer "
+                "for all tokens alike; allowed with targets: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
         check_target(self.target, pruning, self.kv, healing)

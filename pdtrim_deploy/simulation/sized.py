@@ -31,7 +31,7 @@ def sized(plan: PDPlan, unpruned: Rates, goal: Goal, requests: int = 0, seed: in
         UserError: more workers than can be simulated.
 
     """
-    rates = rates_of(plan, unpruned)
+    rates = rates_of(plan, unpruned, goal.isl)
     sizing = size(rates, plan.payload_bytes(goal.isl), goal)
     if not requests or sizing.prefill_workers is None or sizing.decode_workers is None:
         return SizedSide(sizing=sizing, simulated=None)

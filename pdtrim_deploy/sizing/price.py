@@ -135,4 +135,4 @@ def _held_bytes(plan: PDPlan, kv: tuple[KVSend, ...], traffic: Traffic) -> int:
 def _prefill_s(plan: PDPlan, traffic: Traffic) -> float | None:
     if traffic.prefill_tokens_per_s is None:
         return None
-    return traffic.isl / traffic.prefill_tokens_per_s * plan.prefill_share
+    return traffic.isl / traffic.prefill_tokens_per_s * plan.prefill_share(traffic.isl)

@@ -61,9 +61,9 @@ class Sizing(BaseModel):
     problem: str | None = None
 
 
-def rates_of(plan: PDPlan, unpruned: Rates) -> Rates:
-    """Rates of a plan's stages, scaled by their share of the blocks' work."""
-    return unpruned.scaled(plan.prefill_share, plan.decode_share)
+def rates_of(plan: PDPlan, unpruned: Rates, tokens: int) -> Rates:
+    """Rates of a plan's stages, scaled by their share of the blocks' work at prompts of so many tokens."""
+    return unpruned.scaled(plan.prefill_share(tokens), plan.decode_share)
 
 
 def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:

@@ -45,7 +45,7 @@ def test_sublayers_that_go_have_no_kv_and_their_share_of_the_work():
     assert sorted(plan.missing("prefill").values()) == ["attention", "mlp", "mlp"]
     assert sorted(plan.missing("decode").values()) == ["attention"] * 5 + ["mlp"] * 3
     assert plan.payload_bytes(100) * 32 == plan.dense_bytes(100) * 25
-    assert plan.prefill_share == pytest.approx((31 - 0.2 - 2 * 0.8) / 32)
+    assert plan.prefill_share(512) == pytest.approx((31 - 0.2 - 2 * 0.8) / 32)
     assert plan.decode_share == pytest.approx((30 - 5 * 0.2 - 3 * 0.8) / 32)
 
 

@@ -52,7 +52,7 @@ def test_a_block_may_run_in_prefill_for_its_kv_alone():
     cut = plan(prefill="k-okok", decode="k-kkkk")
     assert cut.prefill_layers == cut.decode_layers == (0, 2, 3, 4, 5)
     assert cut.kv_only_layers == (1, 3)
-    assert cut.prefill_share == pytest.approx((3 + 0.2) / 6)
+    assert cut.prefill_share(512) == pytest.approx((3 + 0.2) / 6)
     assert cut.layer_map == (0, 1, 2, 3, 4)
     assert plan(prefill="kkokkk", decode="kkppkk").layer_map == (0, 1, 2, 4, 5)
 

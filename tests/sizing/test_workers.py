@@ -82,7 +82,7 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
     assert side.simulated.good_share >= 0.95
     assert side.simulated.ttft_ms.p95 <= side.sizing.ttft_p95_ms
     # Half of the workers of either stage would not do, so the counts are not merely large.
-    rates = rates_of(plan, RATES)
+    rates = rates_of(plan, RATES, 4000)
     for halved in ((side.sizing.prefill_workers // 2, 99), (99, side.sizing.decode_workers // 2)):
         if min(halved) >= 1:
             cluster = Cluster(*halved, rates, plan.payload_bytes, goal.link, goal.link_each)
@@ -126,7 +126,7 @@ def test_a_pool_is_held_from_admission_through_prefill(pool: int) -> None:
 
 def test_pruning_needs_fewer_workers_and_a_thinner_link() -> None:
     goal = Goal(100.0, 4000, 300, 1.0, 0.015, Link(1e12))
-    dense, sparse = (size(rates_of(plan, RATES), plan.payload_bytes(4000), goal) for plan in (DENSE, SPARSE))
+    dense, sparse = (size(rates_of(plan, RATES, 4000), plan.payload_bytes(4000), goal) for plan in (DENSE, SPARSE))
     assert sparse.decode_workers < dense.decode_workers
     assert sparse.prefill_workers <= dense.prefill_workers
     assert sparse.link_bits_per_s_needed < dense.link_bits_per_s_needed / 3
