@@ -381,4 +381,4 @@ def test_the_front_page_has_the_budget_plans(tool):
     budget = next(row for row in sources[-1]["rows"] if row["plan"] == "budget 4.95x")
     budget["values"]["needle 512"]["exact"][0] = 0.0
     count = len(budget["values"]["needle 512"]["exact"])
-    assert f"; {count - 1} of {count} facts inside a prompt are found again" in tool.TABLES["switches"].render(*sources)
+    assert f"; {count - 1} of {count} facts hidden in a prompt were found" in tool.TABLES["switches"].render(*sources)
