@@ -167,7 +167,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     assert f"| {qwen} | code | k4v3 | 4.24x | 1.5000 ± 0.0010" in text
     assert f"| {qwen} | brown | native | 4.24x | 1.0000 ± 0.0010, 1.0e-02 | 1.0000" in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
-    assert "24 x 64 tokens of the final split of each text (brown, code) behind 448-token prompts" in text
+    assert "24 x 64 tokens of the final split of each text (brown, code) after 448-token prompts" in text
     sources = {
         name: json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources
     }
@@ -181,7 +181,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     cost = "0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B, which solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
     alone = (
-        "With 6 of 24 blocks K and V alone, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
+        "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
     )
     assert alone in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text

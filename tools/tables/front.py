@@ -105,8 +105,8 @@ def _alone_answers(generated: Data) -> str:
     """What a model with KV-only blocks in prefill still answers; empty where that was not measured."""
     right = {row["plan"]: row["right"] for row in generated["rows"] if row["task"] == "humaneval"}
     return "".join(
-        f". **With {plan.replace('K and V alone in prefill', 'KV-only')}, not trained, Qwen2.5-Coder-0.5B solves {sum(answers)} of "
-        f"HumanEval's {len(answers)} problems, dense {sum(right['dense'])}**"
+        f". **With {plan.replace('K and V alone in prefill', 'KV-only')}, not trained, Qwen2.5-Coder-0.5B solves "
+        f"{sum(answers)} of HumanEval's {len(answers)} problems, dense {sum(right['dense'])}**"
         for plan, answers in right.items()
         if plan.endswith("K and V alone in prefill")
     )
@@ -134,7 +134,7 @@ def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
         "`include: [units/kv/balanced-shares.yaml]`",
         "the reduction that you ask for, within 5 % at prompts of 128 tokens and more: here 4.95x and 10x KV bytes",
         ". ".join(parts),
-        "[kv](docs/benchmarks/kv.md#rules-behind-quantised-rows)",
+        "[kv](docs/benchmarks/kv.md#rules-with-quantised-rows)",
     )
 
 

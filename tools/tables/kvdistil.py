@@ -75,7 +75,7 @@ def _table(data: dict[str, Any] | None, split: str) -> str:
     options = data["options"]
     text = (
         f"judged on {options[split]} x {options['continuation']} tokens of the "
-        f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one "
+        f"{split} split of each corpus after {options['prompt']} prompt tokens; rise of perplexity over dense, ± one "
         "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
     )
     head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")

@@ -30,9 +30,9 @@ def kvdistilbrown(data: dict[str, Any]) -> str:
     text = (
         f"least squares on {options['refitted']} x {options['length']} tokens of Brown's calibration split, training "
         f"on {learnt}; judged on {options['judged']} x {options['length'] // 2} tokens of Brown's and "
-        f"Austen's {options['split']} split behind as many of prompt; perplexity, ± one paired standard error"
+        f"Austen's {options['split']} split after as many prompt tokens; perplexity, ± one paired standard error"
     )
-    head = ("blocks of 30", "least squares", "trained behind it", "trained / least squares", "steps, tokens")
+    head = ("blocks of 30", "least squares", "then trained", "trained / least squares", "steps, tokens")
     return table(head, lines) + where(data["environment"], text, f"seed {options['seed']}", f"commit {data['commit']}")
 
 

@@ -44,9 +44,9 @@ def mixture(data: dict[str, Any] | None) -> str:
     text = (
         f"blocks chosen on {options['calibration']} x 256 tokens and refitted on {options['fitted']} x 256"
         f"{kv}; rise of perplexity over the unpruned model on {options['sequences']} "
-        f"x {options['continuation']} tokens of each development split behind {options['prompt']} of prompt; the last "
-        "column is the perplexity by the mixture over that by prose, below 1 where the mixture is better; errors are "
-        "paired by sequence"
+        f"x {options['continuation']} tokens of each development split after {options['prompt']} prompt tokens; the "
+        "last column is the perplexity by the mixture over that by prose, below 1 where the mixture is better; errors "
+        "are paired by sequence"
     )
     head = ("plan", "judged on", "calibrated on prose", "calibrated on the mixture", "ratio")
     return table(head, lines) + where(data["environment"], text)

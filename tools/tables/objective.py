@@ -37,7 +37,7 @@ def objective(data: dict[str, Any]) -> str:
     )
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, judged on "
-        f"{options['sequences']} x {options['judged_length']} of each development split behind "
+        f"{options['sequences']} x {options['judged_length']} of each development split after "
         f"{options['judged_prompt']} of prompt: nats a token, KL's choice less loss's, below 0 where KL's is better, "
         "and the standard error of the difference paired by sequence (the mean over draws of each); no refit"
     )

@@ -21,8 +21,8 @@ def racing(data: dict[str, Any] | None) -> str:
     options = data["options"]
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, drawn by the "
-        "seed; objective: exact losses there, nats a token, of prefill and of decode behind it; perplexity of "
-        f"{options['sequences']} x {options['length'] // 2} tokens of the development split behind as much prompt, the "
+        "seed; objective: exact losses there, nats a token, of prefill and of decode after that prefill; perplexity of "
+        f"{options['sequences']} x {options['length'] // 2} tokens of the development split after as much prompt, the "
         "ratio's error paired by sequence; no refit; a / b: with racing / without"
     )
     head = ("model", "seed", "prefill loses", "decode loses", "block-forwards", "objective", "perplexity", "ratio")

@@ -27,7 +27,7 @@ def sublayers(data: dict[str, Any] | None) -> str:
     options = data["options"]
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, judged on "
-        f"{options['sequences']} x {options['length'] - options['prompt']} tokens of each development split behind "
+        f"{options['sequences']} x {options['length'] - options['prompt']} tokens of each development split after "
         f"dense KV of {options['prompt']} of prompt; no refit; rise of perplexity over dense, ± one paired standard "
         "error, and nats a token less those of whole blocks of the same weights"
     )
