@@ -180,9 +180,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     assert "| 0.2% ± 0.1% on SmolLM2-135M, 0.4% ± 0.1% on Qwen2.5-Coder-0.5B |" in text
     cost = "0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B, which solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
-    alone = (
-        "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
-    )
+    alone = "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
     assert alone in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
 

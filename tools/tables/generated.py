@@ -24,13 +24,13 @@ def generated(data: dict[str, Any] | None) -> str:
             right = f"{sum(row['right'])} of {len(row['right'])}"
             lines.append((name, row["plan"], f"{row['reduction']:.2f}x", right, *cells, row["cut"], row["commit"]))
     options = data["options"]
-    head = ("task", "plan", "KV bytes saved", "right", "less dense, points", "McNemar's p", "cut", "commit")
+    head = ("task", "plan", "KV bytes saved", "right", "minus dense, points", "McNemar's p", "cut", "commit")
     return table(head, lines) + where(
         data["environment"],
         f"{MODEL}-Instruct, weights dequantised from a {precision(MODEL)} file, in float32",
         "one greedy answer of each question through SGLang's workers and router; bytes at 512 prompt tokens, against a "
         "bfloat16 pool; ± is the "
-        f"paired standard error; cut: answers that ran into {options['max_tokens']} tokens",
+        f"paired standard error; cut: answers that reached the limit of {options['max_tokens']} tokens",
         model="",
     )
 

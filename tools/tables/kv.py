@@ -67,7 +67,7 @@ def _at(rows: list[dict[str, Any]], tokens: str) -> str:
     return f"{saved:.1f}x, {loss:.3f}"
 
 
-FORMS = {"whole": "whole", "less mean": "less their mean", "scaled": "less their mean and scaled"}
+FORMS = {"whole": "unchanged", "less mean": "minus their mean", "scaled": "minus their mean and scaled"}
 
 
 def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
@@ -141,7 +141,7 @@ def launches(data: dict[str, Any]) -> str:
         counts = ("pack_launches", "unpack_launches", "pack_copies", "unpack_copies", "syncs")
         rows.append((plan, wire, *(f"{before[count]:,} -> {after[count]}" for count in counts)))
     head = ("plan", "wire dtype", "launches of pack", "of unpack", "copies at pack", "at unpack", "waits for the GPU")
-    chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys less their offsets; torch's own operations -> Triton"
+    chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys minus their offsets; torch's own operations -> Triton"
     return table(head, rows) + where(data["environment"], chunk, "counted on meta tensors", model="")
 
 

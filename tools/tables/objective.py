@@ -38,7 +38,8 @@ def objective(data: dict[str, Any]) -> str:
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, judged on "
         f"{options['sequences']} x {options['judged_length']} of each development split after "
-        f"{options['judged_prompt']} of prompt: nats a token, KL's choice less loss's, below 0 where KL's is better, "
+        f"{options['judged_prompt']} of prompt: nats a token, the choice by KL minus that by loss, "
+        "below 0 where KL is better, "
         "and the standard error of the difference paired by sequence (the mean over draws of each); no refit"
     )
     return table((*head, "block-forwards"), lines) + where(data["environment"], text, model="")
