@@ -15,13 +15,13 @@ import argparse
 import hashlib
 import json
 import math
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
 from __kv_healed import HEALED, MORE, healed
 from __kv_picture import draw
 from __kv_plans import Row, rows
+from __notes import timed_notes
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -60,11 +60,7 @@ def main() -> None:
         "--ours", action="store_true", help="judge dense and ours again; other rules' rows stay, with their commit"
     )
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
     tokenizer = load_tokenizer(checkpoint.path)
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))

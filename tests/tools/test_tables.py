@@ -244,6 +244,16 @@ def test_the_front_page_shows_the_newest_training_on_texts_of_256_tokens(tool):
             page(rows)
 
 
+def test_the_error_of_a_ratio_is_the_ratios_own(tool):
+    fitted = {"what": "least squares", "blocks": 8, "brown_nll": [1.0, 1.0], "austen_nll": [1.0, 1.0]}
+    trained = {"what": "trained", "blocks": 8, "brown_nll": [1.6, 1.8], "austen_nll": [0.9, 1.1]}
+    trained |= {"report": {"steps": 4, "kept": True, "sequences": 2}, "training": {"batch": 4}}
+    options = {"refitted": 16, "fitted": 128, "judged": 2, "length": 256, "split": "final", "seed": 0}
+    data = {"environment": ENVIRONMENT, "options": options, "rows": [fitted | {"what": "dense"}, fitted, trained]}
+    text = tool.TABLES["kvdistilbrown"].render(data | {"commit": "abc"})
+    assert "| 2.014 ± 0.201 / 1.000 ± 0.100 (tie) |" in text
+
+
 def test_narrower_mlps_are_paired_with_six_blocks_of_their_text_treatment_and_weights(tool):
     def row(text, case, parameters, loss, **more):
         losses = {"brown": [loss, loss + 0.2], "code": [loss + 1, loss + 1.4]}

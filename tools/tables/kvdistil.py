@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from math import exp, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import commits, rise, table, where
+from tables.base import commits, paired, rise, table, where
 
 CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
 TEXTS = {"brown": "Brown", "mixed": "mixed"}
@@ -59,11 +59,7 @@ def rises(losses: Losses, dense: Losses) -> dict[str, str]:
 
 def _mean(losses: Losses, dense: Losses) -> str:
     """Geometric mean of the ratios of the corpora, each of the same weight."""
-    means, errors = [], []
-    for corpus in CORPORA:
-        differences = [loss - before for loss, before in zip(losses[corpus], dense[corpus], strict=True)]
-        means.append(fmean(differences))
-        errors.append(stdev(differences) / sqrt(len(differences)))
+    means, errors = zip(*(paired(losses[corpus], dense[corpus]) for corpus in CORPORA), strict=True)
     ratio = exp(fmean(means))
     return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
 

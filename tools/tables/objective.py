@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import precision, table, where
+from tables.base import difference, precision, table, where
 
 _MEASURES = ("brown_loss", "brown_kl", "code_loss", "code_kl")
 
@@ -54,9 +53,8 @@ def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
 
 
 def _difference(pairs: list[dict[str, dict[str, Any]]], measure: str) -> str:
-    sequences = zip(*(zip(pair["kl"][measure], pair["loss"][measure], strict=True) for pair in pairs), strict=True)
-    differences = [fmean(kl - loss for kl, loss in draws) for draws in sequences]
-    if not any(differences):
-        return "same"
-    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
+    kl, loss = (
+        [fmean(draws) for draws in zip(*(pair[name][measure] for pair in pairs), strict=True)]
+        for name in ("kl", "loss")
+    )
+    return "same" if kl == loss else difference(kl, loss)

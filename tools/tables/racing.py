@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from math import exp, sqrt
-from statistics import fmean, stdev
+from math import exp
+from statistics import fmean
 from typing import Any
 
-from tables.base import precision, table, where
+from tables.base import precision, quotient, table, where
 
 
 def racing(data: dict[str, Any] | None) -> str:
@@ -33,13 +33,9 @@ def _cells(raced: dict[str, Any], full: dict[str, Any]) -> list[str]:
     chosen = [_both(raced[stage], full[stage]) for stage in ("prefill", "decode")]
     forwards = f"{raced['block_forwards']:,} / {full['block_forwards']:,}"
     objective = [_both(f"{raced[name]:.4f}", f"{full[name]:.4f}") for name in ("prefill_objective", "decode_objective")]
-    sides = [exp(fmean(row["development"])) for row in (raced, full)]
-    differences = [a - b for a, b in zip(raced["development"], full["development"], strict=True)]
-    ratio = "same blocks"
-    if any(differences):
-        mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-        ratio = f"{exp(mean):.3f} ± {exp(mean) * error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
-    return [*chosen, forwards, "; ".join(objective), _both(*(f"{side:.1f}" for side in sides)), ratio]
+    losses = [row["development"] for row in (raced, full)]
+    ratio = "same blocks" if losses[0] == losses[1] else quotient(*losses)
+    return [*chosen, forwards, "; ".join(objective), _both(*(f"{exp(fmean(side)):.1f}" for side in losses)), ratio]
 
 
 def _both(first: str, second: str) -> str:
