@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.pruning.teacher import Teacher
 
 CANDIDATES, JUDGED = f"{REPORTS}/candidates.json", f"{REPORTS}/judged.jsonl"
-_JUDGE = 2  # version of how finalists are judged
+_JUDGE = 3  # version of how finalists are judged
 PRUNED = (PRUNING, CANDIDATES, *(f"{REPORTS}/{name}" for name in LOGS), JUDGED)
 
 
