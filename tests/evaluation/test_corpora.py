@@ -131,6 +131,13 @@ def test_copies_of_a_file_fall_into_the_same_split(tmp_path, cache):
     assert sum(map(len, held)) == len(set().union(*held)), "a text of one split is in no other"
 
 
+def test_a_mark_of_byte_order_is_no_text(tmp_path, cache):
+    for n in range(3):
+        (tmp_path / f"{n}.txt").write_bytes(b"\xef\xbb\xbf" + f"Text {n}.".encode())
+    for source in (f"dir:{tmp_path}", f"file:{tmp_path / '0.txt'}"):
+        assert load(source, cache).documents[0].text == "Text 0."
+
+
 def test_bad_own_text(tmp_path, cache):
     with pytest.raises(UserError, match="no such folder"):
         load(f"dir:{tmp_path / 'none'}", cache)

@@ -52,6 +52,6 @@ class TextFile:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; convert it or leave it out") from None
