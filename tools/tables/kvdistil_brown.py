@@ -5,11 +5,10 @@ Results of an earlier bench-kvdistil, whose commit they name.
 
 from __future__ import annotations
 
-from math import exp, sqrt
-from statistics import fmean, stdev
+from math import exp
 from typing import Any
 
-from tables.base import rise, table, where
+from tables.base import paired, rise, table, where
 
 CORPORA = ("brown", "austen")
 
@@ -45,10 +44,9 @@ def _ratios(row: dict[str, Any] | None, before: dict[str, Any]) -> str:
 
 
 def _ratio(losses: list[float], others: list[float]) -> str:
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    error = stdev(differences) / sqrt(len(differences))
-    tie = " (tie)" if abs(fmean(differences)) <= 2 * error else ""
-    return f"{exp(fmean(differences)):.3f} ± {error:.3f}{tie}"
+    mean, error = paired(losses, others)
+    tie = " (tie)" if abs(mean) <= 2 * error else ""
+    return f"{exp(mean):.3f} ± {exp(mean) * error:.3f}{tie}"
 
 
 def _steps(row: dict[str, Any] | None, data: dict[str, Any]) -> str:
