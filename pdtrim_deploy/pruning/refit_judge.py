@@ -17,6 +17,8 @@ from pdtrim_deploy.pruning.pd_loss import pd_kl, pd_loss, prefill_kl, prefill_lo
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.teacher import Teacher
 
+VERSION = 3  # raise when finalists are judged otherwise
+
 
 class StudentTensors(Protocol):
     """Students by their pair."""
