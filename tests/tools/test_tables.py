@@ -133,6 +133,17 @@ def test_every_check_has_one_line_and_every_line_a_check(tool, monkeypatch, tmp_
     assert names == set(subjects)
 
 
+def test_the_error_of_a_ratio_is_of_the_ratio(tool):
+    """As in every other table: half the perplexity has half the error in it."""
+    data = json.loads((tool.RESULTS / "kvdistilbrown.json").read_text())
+    losses = {"least squares": [4.0, 4.0, 4.0], "trained": [3.2, 3.3, 3.4]}
+    for row in data["rows"]:
+        for corpus in ("brown", "austen"):
+            row[f"{corpus}_nll"] = losses.get(row["what"], [3.0, 3.0, 3.0])
+    text = tool.TABLES["kvdistilbrown"].render(data)
+    assert "| 0.497 ± 0.029 / 0.497 ± 0.029 |" in text
+
+
 OF_A_MODEL = (
     "switches", "demo", "claims", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
     "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",
