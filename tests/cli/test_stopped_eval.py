@@ -31,9 +31,10 @@ def test_ctrl_c_between_two_tasks_keeps_the_answers_of_the_first_and_says_so(
         return [Answer("yes", "stop", 1, True) for _ in questions]
 
     monkeypatch.setattr(Pair, "_answers", answers)
+    arguments = ["--tasks", "instructions,turns", "--bundle", str(tmp_path / "bundle"), "--lengths", "1024"]
+    arguments += ["--cache-dir", str(tmp_path / "cache")]
     with answering(lambda _: "yes") as url, pytest.raises(SystemExit) as ended:
-        arguments = ["--tasks", "instructions,turns", "--bundle", str(tmp_path / "bundle"), "--lengths", "1024"]
-        main(["eval", url, *arguments, "--cache-dir", str(tmp_path / "cache")])
+        main(["eval", url, *arguments])
     assert (ended.value.code, tasks) == (130, ["instructions", "turns"])
     assert [file.name for file in (reports / "served").iterdir()] == ["instructions.jsonl"]
     assert not (reports / "served.json").exists()
