@@ -59,7 +59,12 @@ def deploy() -> None:
     help="SGLang's KV transfer backend; the image holds its library.",
 )
 @options.transport_options
-@click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
+@click.option(
+    "--rdma",
+    metavar="RESOURCE",
+    help="Request one of this extended resource a worker, such as rdma/hca. The nodes' container runtime must allow to "
+    "lock memory (memlock).",
+)
 @click.option(
     "--page-size",
     type=click.IntRange(1, MOST_TOKENS),
