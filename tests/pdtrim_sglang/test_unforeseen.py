@@ -35,7 +35,7 @@ def test_a_connection_that_cannot_be_made(monkeypatch, caplog, address, error, c
 
     monkeypatch.setattr(channels, "introduce", fails)
     channel = TRANSPORTS["tcp"].channel(*address, None, CONFIG)
-    with pytest.raises(UnreachableError, match="cannot reach decode worker 127.0.0.1"):
+    with pytest.raises(UnreachableError, match="cannot reach decode worker 127"):
         channel.connect()
     assert len(traceback_of(caplog, type(error))) == count
 
@@ -48,7 +48,7 @@ def test_a_chunk_that_cannot_be_sent(monkeypatch, caplog, error, count):
     channel = TRANSPORTS["tcp"].channel("127.0.0.1", 1, None, CONFIG)
     monkeypatch.setattr(channel, "_reached", lambda: SimpleNamespace(socket=None, link=SimpleNamespace(move=fails)))
     header = SimpleNamespace(payload_bytes=1, encode=lambda _: b"")
-    with pytest.raises(TransportError, match="cannot send to decode worker 127.0.0.1:1"):
+    with pytest.raises(TransportError, match="cannot send to decode worker 127"):
         channel.send(header, memoryview(b""))
     assert len(traceback_of(caplog, type(error))) == count
 
