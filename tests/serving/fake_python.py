@@ -45,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             print("RuntimeError: layer count 4 is not 6", flush=True)
             import os
 
-            self.connection.shutdown(socket.SHUT_RDWR)  # first, and the process ends a while after, as on a busy machine
+            self.connection.shutdown(socket.SHUT_RDWR)  # first; the process ends a while after
             time.sleep(1)
             os._exit(7)
         if fault == "refuses" or (fault == "late" and requests < 3):
