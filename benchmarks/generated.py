@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from __built import built
 from __notes import timed_notes
 from __results import HERE, commit, committed, write
 from __savings import bfloat16_reduction
@@ -25,7 +26,6 @@ from pdtrim_deploy.evaluation.generated.base import Setting
 from pdtrim_deploy.evaluation.generated.sgl_eval import ask
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions, cluster_of
 
@@ -73,7 +73,7 @@ def main() -> None:
     for plan in options.plans:
         missing = [task for task in options.tasks if known(plan, task) is None]
         if missing:
-            bundle = _built(plan, note)
+            bundle = _built(plan)
             reduction = bfloat16_reduction(bundle.plan, ASKED_AT)
             about = {"reduction": reduction, "digest": bundle.plan.digest, "commit": now}
             serving = WorkerOptions(max_total_tokens=POOL_TOKENS, max_running_requests=REQUESTS)
@@ -104,14 +104,14 @@ def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: A
     }
 
 
-def _built(plan: str, note: Any) -> Bundle:
+def _built(plan: str) -> Bundle:
     file, units = PLACE / "recipe.yaml", ROOT / "recipes" / "units"
     parts = [str(units / "model" / "qwen2.5-coder-0.5b.yaml"), str(units / "calibration" / "mixed.yaml")]
     sections = BLOCKS.get(plan) or {"kv": PLANS[plan]}
     file.write_text(json.dumps({"include": parts, "name": "generated"} | sections))
     recipe = Recipe.load(file)
     folder: Path = PLACE / plan.replace(",", "").replace(" ", "-")
-    return build(recipe, folder, Cache.default(), note)
+    return built(recipe, folder)
 
 
 if __name__ == "__main__":

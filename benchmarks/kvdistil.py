@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from __built import built
 from __notes import Note, timed_notes
 from __results import HERE, commit, committed, write
 from __savings import bfloat16_reduction
@@ -33,7 +34,6 @@ from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.pd_run import sequence_nll
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 
 PLACE, UNITS = HERE.parent / "out" / "bench-kvdistil", HERE.parent / "recipes" / "units"
@@ -101,7 +101,7 @@ class _Bench:
         name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
         self._folder, self._oracles = PLACE / f"bundle-{name}", dict[str, PDOracle]()
         for kv in plans:
-            bundle = build(self._recipe(KV[kv]), self._folder, self._cache, note)
+            bundle = built(self._recipe(KV[kv]), self._folder)
             if not self._oracles:
                 first = oracle_of(bundle, note, None)
                 self._tokenizer = load_tokenizer(bundle.prefill_dir)

@@ -136,7 +136,7 @@ class _Bench:
         self._name, self._text, self._note, self._cache = name, text, note, Cache.default()
         self._oracles, self._commit = dict[str, PDOracle](), commit()
         for plan in plans:
-            with built(name, MIXED | PLANS[plan], PLACE / name, note) as bundle:
+            with built(name, MIXED | PLANS[plan], PLACE / name) as bundle:
                 if not self._oracles:
                     first = oracle_of(bundle, note, None)
                     self._tokenizer = load_tokenizer(bundle.prefill_dir)

@@ -60,7 +60,10 @@ def deploy() -> None:
 )
 @options.transport_options
 @click.option(
-    "--rdma", metavar="RESOURCE", help="Extended resource of which each worker requests one, such as rdma/hca."
+    "--rdma",
+    metavar="RESOURCE",
+    help="Extended resource of which each worker requests one, such as rdma/hca. The nodes' container runtime must "
+    "allow locked memory (memlock).",
 )
 @click.option(
     "--page-size",

@@ -7,6 +7,7 @@ from tinypd import BLOCKS, VOCABULARY, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvchoice import SELECTIONS, Cut, Problem, get_selection
+from pdtrim_deploy.kvchoice import attention_mass as attention_masses
 from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 from pdtrim_deploy.kvchoice.by_attention import ByAttention
 from pdtrim_deploy.kvchoice.by_harm import ByMeasuredHarm
@@ -80,6 +81,20 @@ def test_simlayerkv_reads_the_prompt_alone():
     lazy, mass = (ByAttention(CUT, queries, sparse_layers=1) for queries in ("prompt", "generated"))
     assert lazy.scores(problem, quiet) == lazy.scores(other, quiet)
     assert mass.scores(problem, quiet) != mass.scores(other, quiet)
+
+
+@pytest.mark.parametrize(("prompt", "looking"), [(PROMPT, PROMPT // 2), (100, 32)])
+def test_simlayerkv_looks_from_the_prompts_last_32_tokens(monkeypatch, prompt, looking):
+    """Of a short prompt from its second half; the last token of the prompt among them."""
+    oracle, ids = make_oracle(tiny("Qwen3"), make_plan(decode=(3,))), text(2, prompt + 4)
+    shapes, watch = [], attention_masses.watch_attention
+
+    def watched(model, see):
+        return watch(model, lambda layer, weights: shapes.append(weights.shape[2:]) or see(layer, weights))
+
+    monkeypatch.setattr(attention_masses, "watch_attention", watched)
+    ByAttention(CUT, "prompt", sparse_layers=1).scores(Problem(oracle, ids, prompt), quiet)
+    assert set(shapes) == {(looking, prompt)}
 
 
 def test_random_layers_depend_on_the_seed_alone():

@@ -151,8 +151,9 @@ def test_pods_are_confined_and_ports_are_named() -> None:
             continue
         pod, inside = workload["spec"]["template"]["spec"], container(workload)
         assert pod["securityContext"]["runAsNonRoot"]
+        assert not inside["securityContext"]["allowPrivilegeEscalation"]
         assert inside["securityContext"]["readOnlyRootFilesystem"]
-        assert inside["securityContext"]["capabilities"]["drop"] == ["ALL"]
+        assert inside["securityContext"]["capabilities"] == {"drop": ["ALL"]}, "one that is added has no effect"
         mounted, volumes = {v["name"] for v in inside["volumeMounts"]}, {v["name"] for v in pod["volumes"]}
         assert mounted == volumes
         names = {port["name"] for port in inside["ports"]}

@@ -17,6 +17,7 @@ from pdtrim_deploy.evaluation.generated.pairing import mcnemar
 from pdtrim_deploy.evaluation.generated.sgl_eval import ask
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.local.atomic import write_atomic
 
 
 class GroupScore(BaseModel):
@@ -101,9 +102,8 @@ class Pair:
         urls = [self.url] if self.against is None else [self.url, self.against]
         replies = [self._answers(target, task, questions, longest, note) for target in urls]
         if answers is not None:
-            answers.parent.mkdir(parents=True, exist_ok=True)
             rows = zip(questions, *replies, strict=True)
-            answers.write_text("".join(json.dumps(_row(*row)) + "\n" for row in rows))
+            write_atomic(answers, "".join(json.dumps(_row(*row)) + "\n" for row in rows))
         return _judged(task, data, questions, replies, gates, longest)
 
     def _answers(
