@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pdtrim_deploy.cli.progress import Progress
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.pipeline.build import build
@@ -59,8 +60,7 @@ def main() -> None:
         rows.append({"step": name} | took | {"peak_mb": peak_mb(), "block_calls": blocks.calls - calls})
         print(f"{name}: {took['seconds']:.1f} s, {took['cpu_seconds']:.1f} of a CPU", file=sys.stderr, flush=True)
 
-    note = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731 - `build` calls it with a sentence
-    plan = build(Recipe.load(recipe), out, Cache(cache), note, show=show).plan
+    plan = build(Recipe.load(recipe), out, Cache(cache), Progress().note, show=show).plan
     print(json.dumps({"plan": plan.digest, "steps": rows}))
 
 

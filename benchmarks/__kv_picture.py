@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
-from xml.sax.saxutils import escape
 
-from __strokes import colour, stroke
+from __strokes import colour, line, stroke, text
 
 WIDTH, HEIGHT = 860, 460
 LEFT, RIGHT, TOP, BOTTOM = 70, 230, 24, 56
@@ -36,17 +35,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ]
     for ratio in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5):
         parts.append(
-            _line(LEFT, y(ratio), WIDTH - RIGHT, y(ratio), 'stroke="#ddd"')
-            + _text(LEFT - 8, y(ratio) + 4, f"{ratio}", "end")
+            line(LEFT, y(ratio), WIDTH - RIGHT, y(ratio), 'stroke="#ddd"')
+            + text(LEFT - 8, y(ratio) + 4, f"{ratio}", "end")
         )
     for reduction in (1, 2, 3, 4.95, 8, 12):
         if reduction <= most:
-            parts.append(_line(x(reduction), TOP, x(reduction), HEIGHT - BOTTOM, 'stroke="#ddd"'))
-            parts.append(_text(x(reduction), HEIGHT - BOTTOM + 18, f"{reduction:g}x", "middle"))
+            parts.append(line(x(reduction), TOP, x(reduction), HEIGHT - BOTTOM, 'stroke="#ddd"'))
+            parts.append(text(x(reduction), HEIGHT - BOTTOM + 18, f"{reduction:g}x", "middle"))
     parts.append(
-        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "fewer KV bytes than dense bfloat16 (log scale)", "middle")
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "fewer KV bytes than dense bfloat16 (log scale)", "middle")
     )
-    parts.append(_text(LEFT, TOP - 8, "perplexity ratio to dense", "start"))
+    parts.append(text(LEFT, TOP - 8, "perplexity ratio to dense", "start"))
     for number, (method, by_budget) in enumerate(
         sorted(lines.items(), key=lambda item: not item[0].startswith("ours"))
     ):
@@ -56,14 +55,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         parts.append(f'<polyline points="{path_}" fill="none" {stroke(number)} stroke-width="{width}"/>')
         parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="4" fill="{colour(number)}"/>' for a, b in points]
         at = TOP + 14 + 22 * number
-        parts.append(_line(WIDTH - RIGHT + 16, at - 4, WIDTH - RIGHT + 40, at - 4, stroke(number), width))
-        parts.append(_text(WIDTH - RIGHT + 46, at, method, "start"))
+        parts.append(line(WIDTH - RIGHT + 16, at - 4, WIDTH - RIGHT + 40, at - 4, stroke(number), width))
+        parts.append(text(WIDTH - RIGHT + 46, at, method, "start"))
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {stroke} stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'

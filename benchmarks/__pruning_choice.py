@@ -21,7 +21,7 @@ from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.finalists import FinalRound
 from pdtrim_deploy.pruning.judging_cost import judged_forwards
-from pdtrim_deploy.pruning.refit_judge import RefitJudge
+from pdtrim_deploy.pruning.refit_judge import VERSION, RefitJudge
 from pdtrim_deploy.pruning.search import Search, Settings, get_search
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.solution import Solution
@@ -154,7 +154,7 @@ def _judge(setup: Setup, method: Method) -> CachedJudge:
     """Gives the same loss to finalists that another seed or method had judged."""
     students, text = setup.students if method.distil else None, setup.text[-JUDGED:]
     judge = RefitJudge(setup.model, setup.shape, text, method.compensation, students, setup.note)
-    about = [setup.shape.fingerprint, method.compensation, len(setup.text), len(text)]
+    about = [VERSION, setup.shape.fingerprint, method.compensation, len(setup.text), len(text)]
     return CachedJudge(judge, setup.folder / f"judged-{method.compensation}-{len(setup.text)}.jsonl", about)
 
 

@@ -7,9 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from xml.sax.saxutils import escape
 
-from __strokes import COLOURS, colour, stroke
+from __strokes import COLOURS, colour, line, stroke, text
 
 WIDTH, HEIGHT, PANEL, LEGEND = 1110, 440, 400, 250
 LEFT, TOP, BOTTOM = 60, 34, 50
@@ -43,15 +42,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * math.log(min(ratio, MOST)) / math.log(MOST)
 
         base = dense[f"{corpus}_ppl"]
-        parts.append(_text(left, TOP - 12, f"{title}: PD perplexity / dense ({base:.1f})", "start"))
+        parts.append(text(left, TOP - 12, f"{title}: PD perplexity / dense ({base:.1f})", "start"))
         for ratio in (1, 1.25, 1.5, 2, 3, 4):
             parts.append(
-                _line(left, y(ratio), right, y(ratio), 'stroke="#ddd"')
-                + _text(left - 6, y(ratio) + 4, f"{ratio}", "end")
+                line(left, y(ratio), right, y(ratio), 'stroke="#ddd"') + text(left - 6, y(ratio) + 4, f"{ratio}", "end")
             )
         for removed in range(0, most + 1, 2):
-            parts.append(_text(x(removed), HEIGHT - BOTTOM + 16, f"{removed}", "middle"))
-        parts.append(_text((left + right) / 2, HEIGHT - 14, "blocks removed in decode, of 30", "middle"))
+            parts.append(text(x(removed), HEIGHT - BOTTOM + 16, f"{removed}", "middle"))
+        parts.append(text((left + right) / 2, HEIGHT - 14, "blocks removed in decode, of 30", "middle"))
         for number, (method, points) in enumerate(ordered):
             width = 3 if method == "ours" else 1.5
             ratios = {n: fmean(row[f"{corpus}_ppl"] for row in rows) / base for n, rows in points.items()}
@@ -67,14 +65,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ]
     for number, (method, _) in enumerate(ordered):
         row = TOP + 10 + 20 * number
-        parts.append(_line(WIDTH - LEGEND, row - 4, WIDTH - LEGEND + 25, row - 4, stroke(number), 3))
-        parts.append(_text(WIDTH - LEGEND + 31, row, method, "start"))
+        parts.append(line(WIDTH - LEGEND, row - 4, WIDTH - LEGEND + 25, row - 4, stroke(number), 3))
+        parts.append(text(WIDTH - LEGEND + 31, row, method, "start"))
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {stroke} stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'

@@ -30,13 +30,6 @@ def folder(options: argparse.Namespace, names: tuple[str, ...]) -> Path:
     return place
 
 
-def committed(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of results/pruning.json, if they are of the same sizes."""
-    known = json.loads(path.read_text()) if path.exists() else {"options": {}}
-    same = all(known["options"].get(name) == getattr(options, name) for name in SHAPES)
-    return known["rows"] if same else []
-
-
 class Rows:
     """Rows kept on disk for one set of sizes; a new file begins with `known`."""
 

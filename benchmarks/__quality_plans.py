@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from __built import built as bundle_in
+
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 
 MODELS = {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b", "SmolLM2-135M": "smollm2"}
@@ -58,7 +58,7 @@ MIXED = {"include": ["calibration/mixed.yaml"]}
 
 
 @contextmanager
-def built(model: str, sections: dict[str, Any], place: Path, note: Callable[[str], None]) -> Iterator[Bundle]:
+def built(model: str, sections: dict[str, Any], place: Path) -> Iterator[Bundle]:
     """The bundle of a recipe of these sections, below `place`; removed behind it, for want of room.
 
     `include` among them names further units, in recipes/units.
@@ -69,6 +69,6 @@ def built(model: str, sections: dict[str, Any], place: Path, note: Callable[[str
     (place / "recipe.yaml").write_text(json.dumps({"name": "quality"} | sections | {"include": parts}))
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        yield build(Recipe.load(place / "recipe.yaml"), folder, Cache.default(), note)
+        yield bundle_in(Recipe.load(place / "recipe.yaml"), folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

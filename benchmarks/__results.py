@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def read(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     path = HERE / "results" / f"{name}.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     return result["rows"] if (result.get("commit"), result.get("options")) == (commit(), vars(options)) else []
+
+
+def committed(path: Path, options: argparse.Namespace, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows of a file of results, if the options of these names are the same."""
+    result = json.loads(path.read_text()) if path.exists() else {"options": {}, "rows": []}
+    same = all(result["options"].get(name) == getattr(options, name) for name in names)
+    return result["rows"] if same else []
 
 
 def write(name: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:

@@ -14,13 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from __built import built
 from __results import write
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.loadtest import Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import FIGURES, LEAST_ROUNDS, Ratio, Side, interleave, repeats
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
@@ -51,7 +50,7 @@ def main() -> None:
 def bundle_of(wire: str) -> Bundle:
     """SmolLM2 with all rows in this dtype."""
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-dense.yaml")
-    return build(recipe.changed("benchmarks/bylayer.py", "kv", wire_dtype=wire), OUT / wire, Cache.default(), print)
+    return built(recipe.changed("benchmarks/bylayer.py", "kv", wire_dtype=wire), OUT / wire)
 
 
 def measure(bundle: Bundle, wire: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from typing import Any
 
+from __notes import timed_notes
 from __results import HERE, write
 
 from pdtrim_deploy.evaluation.measured import Measured
@@ -34,11 +34,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     known = json.loads((HERE / "results" / "kv.json").read_text())["rows"]
     plans = [next(row for row in known if (row["method"], row["asked"]) == plan) for plan in PLANS]
     checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()

@@ -22,14 +22,13 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
+from __built import built
 from __results import write
 from safetensors import safe_open
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.loadtest import Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import FIGURES, LEAST_ROUNDS, Ratio, Rounds, Side, interleave, repeats
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
@@ -93,7 +92,7 @@ def bundle_of(name: str, options: argparse.Namespace) -> Bundle:
     if name in ("KV", "both"):
         recipe = recipe.changed("benchmarks/compare.py", "kv", method="all", n_first=4, n_last=128)
     folder = "-".join([*name.split(), *map(str, removed.values())])
-    return build(recipe, OUT / folder, Cache.default(), print)
+    return built(recipe, OUT / folder)
 
 
 def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from __built import built
 from __results import write
 
 from pdtrim_deploy.bundle import Bundle
@@ -27,8 +28,6 @@ from pdtrim_deploy.loadtest.base import Outcome
 from pdtrim_deploy.loadtest.builtin import drive
 from pdtrim_deploy.loadtest.rounds import LEAST_ROUNDS, Ratio
 from pdtrim_deploy.loadtest.scenario import Arrivals, Conversations, Lengths, Prefixes
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
@@ -143,7 +142,7 @@ def uniform(model: str, folder: Path) -> Bundle:
     parts = [str(units / name) for name in (f"model/{model}.yaml", "calibration/brown.yaml", "kv/k4v3.yaml")]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"include": parts, "name": folder.name}))
-    return build(Recipe.load(file), folder, Cache.default(), print)
+    return built(Recipe.load(file), folder)
 
 
 if __name__ == "__main__":

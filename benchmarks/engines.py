@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from __built import built
 from __results import write
 from pdtrim_builders.runtime_onnx import OnnxStage
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, Executors, cluster_of
 
@@ -57,9 +56,7 @@ def main() -> None:
 
 
 def _built() -> Bundle:
-    return build(
-        Recipe.load(ROOT / "recipes" / "smollm2-quick.yaml"), ROOT / "out" / "bench-engines", Cache.default(), print
-    )
+    return built(Recipe.load(ROOT / "recipes" / "smollm2-quick.yaml"), ROOT / "out" / "bench-engines")
 
 
 def _callback(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:

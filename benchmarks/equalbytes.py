@@ -15,14 +15,13 @@ file keeps the rows of other models, whatever their commit.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from __notes import timed_notes
 from __quality_plans import MODELS
-from __results import HERE, commit, write
+from __results import HERE, commit, committed, write
 from torch import Tensor
 
 from pdtrim_deploy.evaluation.corpora import registry
@@ -62,11 +61,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=4, help="behind 8,064 tokens; 0: none")
     parser.add_argument("--needles", type=int, default=6, help="at each of ten depths")
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     log = RowLog(PLACE / "values.jsonl", [vars(options), commit()])
     bench = _Bench(options, note)
     plans = {name: tuple(map(KVSend.model_validate, sends)) for name, sends in log.value("plans", bench.plans).items()}
@@ -76,18 +71,14 @@ def main() -> None:
         for name, task in bench.tasks()
     }
     about = {"model": options.model, "commit": commit()}
-    rows = [row for row in _committed() if row["model"] != options.model]
+    older = committed(HERE / "results" / "equalbytes.json", options, ())
+    rows = [row for row in older if row["model"] != options.model]
     for at, (name, sends) in enumerate(plans.items()):
         plan = bench.oracle.plan.with_kv(sends)
         row = {"plan": name, "reduction": {tokens: round(plan.reduction(tokens), 4) for tokens in LENGTHS}}
         row["sends"] = [send.model_dump() for send in sends]
         rows.append(about | row | {"values": {task: results[at] for task, results in measured.items()}})
     write("equalbytes", options, rows)
-
-
-def _committed() -> list[dict[str, Any]]:
-    path = HERE / "results" / "equalbytes.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 class _Bench:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-from __results import HERE, commit, write
+from __built import built
+from __notes import timed_notes
+from __results import HERE, commit, committed, write
+from __savings import bfloat16_reduction
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.bundle.environment import machine
@@ -24,7 +26,6 @@ from pdtrim_deploy.evaluation.generated.base import Setting
 from pdtrim_deploy.evaluation.generated.sgl_eval import ask
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions, cluster_of
 
@@ -59,24 +60,22 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=384, help="of an answer")
     parser.add_argument("--again", action="store_true", help="though another commit's answers are there")
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     PLACE.mkdir(parents=True, exist_ok=True)
     log, now = RowLog(PLACE / "rows.jsonl", [options.items, options.max_tokens]), commit()
-    committed = {(row["plan"], row["task"]): row for row in _committed(options)}
+    older = committed(HERE / "results" / "generated.json", options, ("items", "max_tokens"))
+    by_name = {(row["plan"], row["task"]): row for row in older}
 
     def known(plan: str, task: str) -> dict[str, Any] | None:
         here = log.find(plan=plan, task=task, commit=now)
-        return here if here or options.again else committed.get((plan, task)) or log.find(plan=plan, task=task)
+        return here if here or options.again else by_name.get((plan, task)) or log.find(plan=plan, task=task)
 
     for plan in options.plans:
         missing = [task for task in options.tasks if known(plan, task) is None]
         if missing:
-            bundle = _built(plan, note)
-            about = {"reduction": _saved(plan, bundle), "digest": bundle.plan.digest, "commit": now}
+            bundle = _built(plan)
+            reduction = bfloat16_reduction(bundle.plan, ASKED_AT)
+            about = {"reduction": reduction, "digest": bundle.plan.digest, "commit": now}
             serving = WorkerOptions(max_total_tokens=POOL_TOKENS, max_running_requests=REQUESTS)
             with cluster_of(bundle, options=serving, say=note) as cluster:
                 for task in missing:
@@ -85,20 +84,6 @@ def main() -> None:
     options.plans, options.tasks, options.again = [*PLANS, *BLOCKS], [*QUESTIONS], False
     rows = [known(plan, task) for plan in (*PLANS, *BLOCKS) for task in QUESTIONS]
     print(write("generated", options, [row for row in rows if row is not None]))
-
-
-def _committed(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of results/generated.json, where they were asked as many questions for as many tokens."""
-    path = HERE / "results" / "generated.json"
-    result = json.loads(path.read_text()) if path.exists() else {"options": {}}
-    same = all(result["options"].get(name) == getattr(options, name) for name in ("items", "max_tokens"))
-    return result["rows"] if same else []
-
-
-def _saved(plan: str, bundle: Bundle) -> float:
-    """Dense bytes of a bfloat16 pool, twice those of one in fp8, over the plan's; of native rows, of their own pool."""
-    native = plan == DENSE or plan in BLOCKS
-    return bundle.plan.reduction(ASKED_AT) if native else 2 * bundle.plan.reduction(ASKED_AT, "fp8_e4m3")
 
 
 def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: Any) -> dict[str, Any]:
@@ -119,14 +104,14 @@ def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: A
     }
 
 
-def _built(plan: str, note: Any) -> Bundle:
+def _built(plan: str) -> Bundle:
     file, units = PLACE / "recipe.yaml", ROOT / "recipes" / "units"
     parts = [str(units / "model" / "qwen2.5-coder-0.5b.yaml"), str(units / "calibration" / "mixed.yaml")]
     sections = BLOCKS.get(plan) or {"kv": PLANS[plan]}
     file.write_text(json.dumps({"include": parts, "name": "generated"} | sections))
     recipe = Recipe.load(file)
     folder: Path = PLACE / plan.replace(",", "").replace(" ", "-")
-    return build(recipe, folder, Cache.default(), note)
+    return built(recipe, folder)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import torch
+from __notes import timed_notes
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -57,11 +58,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="judged")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     log = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _TEXT])
     missing = [name for name in ("dense", "unhealed", *options.ways) if log.find(**{"way": name}) is None]
     if missing:

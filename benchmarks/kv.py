@@ -15,13 +15,13 @@ import argparse
 import hashlib
 import json
 import math
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
 from __kv_healed import HEALED, MORE, healed
 from __kv_picture import draw
 from __kv_plans import Row, rows
+from __notes import timed_notes
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -39,6 +39,7 @@ from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 CONTINUATION = 9  # of each calibration sequence: texts differ more than places in one
+JUDGED = ("prompt", "sequences", "questions", "needles", "seed")  # options that every row's figures depend on
 
 
 def main() -> None:
@@ -60,11 +61,7 @@ def main() -> None:
         "--ours", action="store_true", help="judge dense and ours again; other rules' rows stay, with their commit"
     )
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
     tokenizer = load_tokenizer(checkpoint.path)
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
@@ -84,11 +81,9 @@ def main() -> None:
         problem = Problem(dense, ids, options.prompt, options.seed)
         return [_plain(row) for row in rows(problem, options.reductions, options.random_seeds, note, options.ours)]
 
-    def known() -> list[dict[str, Any]]:
-        return json.loads((HERE / "results" / "kv.json").read_text())["rows"]
-
+    kept = committed(options) if options.ours or options.healed else []
     if options.healed:
-        plans = [_row(row) for row in known() if (row["method"], row["asked"]) in (("dense", None), *HEALED)]
+        plans = [_row(row) for row in kept if (row["method"], row["asked"]) in (("dense", None), *HEALED)]
         ids = text(options.text, options.prompt + MORE, options.seed + 1)
         oracles = [dense, *(healed(dense.with_kv(row.sends), ids, options, folder, note) for row in plans[1:])]
         plans[1:] = [replace(row, method=f"{row.method}, healed") for row in plans[1:]]
@@ -126,13 +121,28 @@ def main() -> None:
             )
         )
     if options.ours or options.healed:
-        again, old = {row["method"] for row in figures}, known()
+        again = {row["method"] for row in figures}
         figures = (
             [row for row in figures if row["asked"] is None]
-            + [row for row in old if row["method"] not in again]
+            + [row for row in kept if row["method"] not in again]
             + [row for row in figures if row["asked"] is not None]
         )
     draw(figures, write("kv", options, figures).with_suffix(".svg"))
+
+
+def committed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of results/kv.json, beside which others are to stand.
+
+    Raises:
+        SystemExit: they were judged on other text, while the table says one number of it for all.
+
+    """
+    result = json.loads((HERE / "results" / "kv.json").read_text())
+    for name in JUDGED:
+        if (before := result["options"].get(name)) != getattr(options, name):
+            raise SystemExit(f"results/kv.json was judged with --{name} {before}: give that, or judge all rules again")
+    rows: list[dict[str, Any]] = result["rows"]
+    return rows
 
 
 def _figures(row: Row, plan: PDPlan, prompt: int, results: dict[str, tuple[Measured, Measured]]) -> dict[str, Any]:

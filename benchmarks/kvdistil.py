@@ -16,11 +16,13 @@ import argparse
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from __results import HERE, commit, write
+from __built import built
+from __notes import Note, timed_notes
+from __results import HERE, commit, committed, write
+from __savings import bfloat16_reduction
 
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.corpora import registry
@@ -32,7 +34,6 @@ from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.pd_run import sequence_nll
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 
 PLACE, UNITS = HERE.parent / "out" / "bench-kvdistil", HERE.parent / "recipes" / "units"
@@ -49,7 +50,6 @@ KV: dict[str, dict[str, Any]] = {
 }
 SPLITS = ("development", "final")
 _SETTINGS = ("blocks", "text", "steps", "learning_rate", "sweep", "sequences", "fit_sequences", "length")
-Note = Callable[[str], None]
 
 
 def main() -> None:
@@ -70,11 +70,7 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=128, help="tokens judged behind it")
     options = parser.parse_args()
     options.kv = [*dict.fromkeys(("native", *options.kv))]  # what the table compares with
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     about = {name: getattr(options, name) for name in (*SPLITS, "prompt", "continuation")}
     log = RowLog(PLACE / "rows.jsonl", about | {"commit": commit()})
     trained = {name: getattr(options, name) for name in _SETTINGS}
@@ -93,11 +89,8 @@ def main() -> None:
                 log.append(*bench.rows(corpus, options.split, plans, about))
             bench.forget()
     options.__dict__.update(dict.fromkeys((*_SETTINGS, "kv", "split")))
-    path = HERE / "results" / "kvdistil.json"
-    result = json.loads(path.read_text()) if path.exists() else {"options": {}, "rows": []}
-    same = all(result["options"].get(name) == value for name, value in about.items())
-    older = [row for row in result["rows"] if same and row not in log.rows]
-    write("kvdistil", options, [*older, *log.rows])
+    older = committed(HERE / "results" / "kvdistil.json", options, about)
+    write("kvdistil", options, [*(row for row in older if row not in log.rows), *log.rows])
 
 
 class _Bench:
@@ -108,7 +101,7 @@ class _Bench:
         name = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
         self._folder, self._oracles = PLACE / f"bundle-{name}", dict[str, PDOracle]()
         for kv in plans:
-            bundle = build(self._recipe(KV[kv]), self._folder, self._cache, note)
+            bundle = built(self._recipe(KV[kv]), self._folder)
             if not self._oracles:
                 first = oracle_of(bundle, note, None)
                 self._tokenizer = load_tokenizer(bundle.prefill_dir)
@@ -146,19 +139,13 @@ class _Bench:
         origin = {"which": self._healing.get("kv_only_blocks", []), "healing": self._healing.get("healing", {})}
         return [
             {"setting": self._setting, "kv": kv, "split": split, "corpus": corpus, "nll": losses[kv]}
-            | {"saved": _saved(self._oracles[kv], prompt), "commit": self._commit, **origin}
+            | {"saved": bfloat16_reduction(self._oracles[kv].plan, prompt), "commit": self._commit, **origin}
             for kv in plans
         ]
 
     def forget(self) -> None:
         """Remove the bundle; what was trained stays in the cache."""
         shutil.rmtree(self._folder)
-
-
-def _saved(oracle: PDOracle, tokens: int) -> float:
-    """Dense bytes of a bfloat16 pool, twice those of one in fp8, over the plan's, whose native rows are float32."""
-    native = all(send.wire_dtype == "native" for send in oracle.plan.kv)
-    return oracle.plan.reduction(tokens) if native else 2 * oracle.plan.reduction(tokens, "fp8_e4m3")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ judged through the PD oracle on Brown's final split and on Jane Austen.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import replace
 from typing import Any
 
+from __notes import timed_notes
 from __results import write
 
 from pdtrim_deploy.evaluation.corpora import registry
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    started = time.monotonic()
+    note = timed_notes()
     checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()
     tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
     corpora = {name: registry.load(name, cache) for name in CORPORA}
@@ -59,7 +59,7 @@ def main() -> None:
         ppls |= {f"{name}_nll": [round(nll, 6) for nll in result.per_sequence] for name, result in judged.items()}
         alone = [b for b, action in enumerate(pair.plan.prefill) if action.kind != "keep"]
         rows.append({"blocks": blocks, "what": what, "which": alone, "decode": len(pair.plan.decode_layers)} | ppls)
-        print(f"{time.monotonic() - started:6.0f} s  {blocks}, {what}", flush=True)
+        note(f"{blocks}, {what}")
 
     judge(0, "dense", dense)
     order = rank(dense, ids, print)

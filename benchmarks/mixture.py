@@ -9,11 +9,10 @@ is made, and the benchmark goes on from there.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+from __notes import Note, timed_notes
 from __quality_plans import DENSE, MODELS, PLANS, built
 from __results import HERE, commit, write
 from torch import Tensor
@@ -37,7 +36,6 @@ CUTS = [[4, 28], [4, 60], [4, 124], [4, 188]]
 """First and last rows that a layer may keep, of prompts shorter than those of recipes."""
 JUDGED = ("budget 4.95x", "blocks")
 PLACE = HERE.parent / "out" / "bench-mixture"
-Note = Callable[[str], None]
 
 
 def main() -> None:
@@ -50,13 +48,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=20, help="judged, of each corpus")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of prompt")
     parser.add_argument("--continuation", type=int, default=64, help="tokens judged behind it")
-    options, started = parser.parse_args(), time.monotonic()
+    options, note = parser.parse_args(), timed_notes()
     about = [[name, value] for name, value in vars(options).items() if name != "plans"]
     log = RowLog(PLACE / "rows.jsonl", about)
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
     for plan, text in [(DENSE, "brown"), *product(options.plans, TEXTS)]:  # nothing is chosen for dense
         if log.find(plan=plan, text=text) is None:
             log.append(_row(options, plan, text, note))

@@ -10,11 +10,10 @@ is made, and the benchmark goes on from there.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from __notes import Note, timed_notes
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -39,7 +38,6 @@ OBJECTIVES, CORPORA = ("loss", "kl"), ("brown", "code")
 PLACE = HERE.parent / "out" / "bench-objective"
 _SEARCHED = ("calibration", "length", "prompt")
 _JUDGED = ("sequences", "judged_length", "judged_prompt")
-Note = Callable[[str], None]
 
 
 def main() -> None:
@@ -53,11 +51,7 @@ def main() -> None:
     parser.add_argument("--judged-length", type=int, default=192, help="tokens of each")
     parser.add_argument("--judged-prompt", type=int, default=128, help="tokens of its prompt")
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     about = [[name, getattr(options, name)] for name in (*_SEARCHED, *_JUDGED)]
     log = RowLog(PLACE / "rows.jsonl", about)
     for seed in options.seeds:

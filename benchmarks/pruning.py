@@ -12,15 +12,15 @@ that begin with those that choose.
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
+from __notes import timed_notes
 from __pruning_choice import Setup, choose
 from __pruning_methods import METHODS, prefill_blocks
 from __pruning_picture import draw
-from __pruning_rows import FITTED, SEARCHED, SHAPES, STEPS, Rows, committed, folder
+from __pruning_rows import FITTED, SEARCHED, SHAPES, STEPS, Rows, folder
 from __pruning_weights import stages, unified
-from __results import HERE, commit, write
+from __results import HERE, commit, committed, write
 
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
@@ -52,13 +52,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="of Social IQa")
     parser.add_argument("--search-only", action="store_true", help="choose blocks, judge nothing")
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     results = HERE / "results" / "pruning.json"
-    rows = Rows(folder(options, SHAPES) / "rows.jsonl", committed(results, options))
+    rows = Rows(folder(options, SHAPES) / "rows.jsonl", committed(results, options, SHAPES))
     bench: _Bench | None = None
     for removed in options.removed or METHODS["ours"].sizes:
         for name in options.methods:

@@ -10,14 +10,15 @@ commit and machine; rows of several commits are not paired.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from __notes import Note, timed_notes
 from __quality_plans import DENSE, MIXED, MODELS, PLANS, built
 from __quality_tasks import TASKS, write_tasks
 from __results import HERE, commit, write
+from __savings import bfloat16_reduction
 
 from pdtrim_deploy.bundle.environment import machine
 from pdtrim_deploy.errors import UserError
@@ -50,11 +51,7 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=128, help="tokens judged behind it")
     options = parser.parse_args()
     text = {name: getattr(options, name) for name in ("sequences", "prompt", "continuation")}
-    log, started = RowLog(PLACE / "rows.jsonl", text), time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    log, note = RowLog(PLACE / "rows.jsonl", text), timed_notes()
     now = commit()
     for name in options.models:
         missing = [
@@ -135,11 +132,11 @@ def families(plans: Collection[str]) -> list[list[str]]:
 class _Bench:
     """One model behind plans of the same weights."""
 
-    def __init__(self, name: str, plans: Sequence[str], text: dict[str, int], note: Callable[[str], None]) -> None:
+    def __init__(self, name: str, plans: Sequence[str], text: dict[str, int], note: Note) -> None:
         self._name, self._text, self._note, self._cache = name, text, note, Cache.default()
         self._oracles, self._commit = dict[str, PDOracle](), commit()
         for plan in plans:
-            with built(name, MIXED | PLANS[plan], PLACE / name, note) as bundle:
+            with built(name, MIXED | PLANS[plan], PLACE / name) as bundle:
                 if not self._oracles:
                     first = oracle_of(bundle, note, None)
                     self._tokenizer = load_tokenizer(bundle.prefill_dir)
@@ -160,7 +157,7 @@ class _Bench:
         """Bytes are compared with a bfloat16 pool."""
         row = {"model": self._name, "plan": plan, "part": part, "measure": measure, "all": every}
         row |= {"values": [round(value, 6) for value in values]}
-        row |= {"reduction": _saved(self._oracles[plan], self._text["prompt"]), "commit": self._commit}
+        row |= {"reduction": bfloat16_reduction(self._oracles[plan].plan, self._text["prompt"]), "commit": self._commit}
         return row | {"machine": machine()["cpu"]}
 
     def _domain(self, part: str, plans: Sequence[str]) -> dict[str, list[float]]:
@@ -182,12 +179,6 @@ class _Bench:
         samples, oracle = PLACE / "samples" / self._name / plan.replace(" ", "-"), self._oracles[plan]
         (result,) = Harness((part,), self._tasks, items).measure(oracle, self._tokenizer, samples, self._note)
         return result, len(result.groups) == len(Path(self._tasks, f"{part}.jsonl").read_text().splitlines())
-
-
-def _saved(oracle: PDOracle, tokens: int) -> float:
-    """Dense over the plan's bytes, both of a bfloat16 pool; dense bytes of that are twice those of one in fp8."""
-    native = all(send.wire_dtype == "native" for send in oracle.plan.kv)
-    return oracle.plan.reduction(tokens) if native else 2 * oracle.plan.reduction(tokens, "fp8_e4m3")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import replace
 from typing import Any
 
 import torch
+from __notes import timed_notes
 from __results import HERE, commit, write
 from baselines.snapkv import SnapKV
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")
     parser.add_argument("--window", type=int, default=32, help="last queries that choose")
     options = parser.parse_args()
-    started = time.monotonic()
+    note = timed_notes()
     checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
     dense = PDOracle(model, model, plan)
@@ -55,10 +55,6 @@ def main() -> None:
         for by in ("head", "layer"):
             oracles[name, f"SnapKV by {by}"] = SnapKV(cut, by, options.window)
             oracles[name, f"SnapKV by {by}, ends kept"] = SnapKV(cut, by, options.window, ends=True)
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
     texts = perplexity.prepare(setting, (options.prompt,)).measure(list(oracles.values()), note)
     hidden = needle.prepare(replace(setting, size=options.needles), options.prompt).measure(
         list(oracles.values()), note

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from __built import built
 from __results import HERE, commit, write
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, WorkerOptions, cluster_of
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _built() -> Bundle:
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-quick.yaml")
-    return build(recipe, ROOT / "out" / "bench-served", Cache.default(), print)
+    return built(recipe, ROOT / "out" / "bench-served")
 
 
 def _serve(name: str, bundle: Bundle, tokens: int) -> dict[str, Any]:

@@ -15,14 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from __built import built
 from __results import write
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, driver
 from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Lengths
 from pdtrim_deploy.loadtest.schedule import jobs
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import cluster_of
 from pdtrim_deploy.serving.spec import WorkerOptions
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="simulate again what was measured last")
     options = parser.parse_args()
-    bundle = Bundle.open(Path(options.bundle)) if options.bundle else built()
+    bundle = Bundle.open(Path(options.bundle)) if options.bundle else _bundle()
     kept = OUT / "measured.json"
     if not options.again:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +83,10 @@ def main() -> None:
     write("simulation", options, [{"rates": rates.model_dump(), "worst_error": worst}, *rows, *large])
 
 
-def built() -> Bundle:
+def _bundle() -> Bundle:
     """The one that bench-engines uses."""
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-quick.yaml")
-    return build(recipe, ROOT / "out" / "bench-engines", Cache.default(), print)
+    return built(recipe, ROOT / "out" / "bench-engines")
 
 
 def scenario(name: str, number: int, seed: int) -> Scenario:

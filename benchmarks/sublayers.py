@@ -10,11 +10,10 @@ goes on from there.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from __notes import Note, timed_notes
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -36,7 +35,6 @@ SIZES = {"attention": (2, 4, 8), "mlp": (1, 2), "block": (1, 2, 4)}
 ENDS = {"attention": Counts(attentions=8), "mlp": Counts(mlps=2), "block": Counts(blocks=4)}
 CORPORA = ("brown", "code")
 PLACE = HERE.parent / "out" / "bench-sublayers"
-Note = Callable[[str], None]
 
 
 def main() -> None:
@@ -48,11 +46,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=384, help="tokens of each, of both")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of its prompt")
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     about = [[name, getattr(options, name)] for name in ("calibration", "sequences", "length", "prompt")]
     log, bench = RowLog(PLACE / "rows.jsonl", about), None
     for seed in options.seeds:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from __narrow_mlps import NarrowPair, narrow
+from __notes import Note, timed_notes
 from __results import HERE, commit, write
 from torch import Tensor
 
@@ -86,11 +86,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4, help="of learning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    started = time.monotonic()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-
+    note = timed_notes()
     log = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _OPTIONS])
     for text, cases in MEASURED.items():
         missing = [name for name in cases if log.find(text=text, case=name) is None]
@@ -105,7 +101,7 @@ def main() -> None:
 class _Bench:
     """The dense model, and the text that chooses, fits, trains and judges."""
 
-    def __init__(self, options: argparse.Namespace, text: str, note: Callable[[str], None]) -> None:
+    def __init__(self, options: argparse.Namespace, text: str, note: Note) -> None:
         setting = hashlib.sha256(f"{commit()}, {vars(options)}".encode()).hexdigest()[:12]
         self._text_name, self._place = text, PLACE / setting / text.replace(" ", "-")
         self._cache, self._options, self._note = Cache.default(), options, note

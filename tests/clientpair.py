@@ -9,16 +9,15 @@ from typing import Any
 
 import httpx
 import torch
+from unlikestages import SPARSE, unlike_plan, write_stages
 
 from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, KVSend
 
 TOLERANCE = 1e-3  # nats, float32
 TIMEOUT_S = 120.0
-SPARSE = KVSend(mode="sparse", n_first=4, n_last=24)
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,8 @@ class ClientPair:
 def client_stages(model, folder, cache):
     """Prefill without block 3, decode without 1 and 3, one full layer; returns the plan."""
     checkpoint = open_checkpoint(model, cache)
-    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=(KVSend(), *[SPARSE] * 3))
-    for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    plan = unlike_plan(checkpoint, (KVSend(), *[SPARSE] * 3))
+    write_stages(checkpoint, folder, plan)
     return plan
 
 

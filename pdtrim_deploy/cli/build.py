@@ -57,8 +57,8 @@ def build(
 
     A build that was interrupted resumes when the same command is run again. Students and healed weights are cached by
     everything that they depend on, and --force reuses them; to compute them again, give another --cache-dir.
-    On another --device the same blocks and KV are chosen, but for candidates whose losses differ by no more than
-    roundings; a build that was interrupted may go on there, or with another --memory.
+    Another --device chooses the same blocks and KV, unless the losses of candidates differ only by rounding; a build
+    that was interrupted may resume on another --device or with another --memory.
     With --workers, --ray-address or --worker-gpus, Ray workers evaluate the candidates of the pruning search, each
     with its own copy of the model; they choose the same blocks as one process.
     Exit code 1 when an engine of the recipe's targets could not be built; the bundle is complete without it.

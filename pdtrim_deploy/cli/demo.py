@@ -24,7 +24,10 @@ from pdtrim_deploy.recipe.seed import MOST_SEED
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option(
-    "--link", default="50Mbps", show_default=True, help="Between prefill and decode, for a bfloat16 pool; or none."
+    "--link",
+    default="50Mbps",
+    show_default=True,
+    help="Speed between prefill and decode, for KV of a bfloat16 pool; or none.",
 )
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
@@ -52,11 +55,11 @@ def demo(
     cache: Cache,
     as_json: bool,
 ) -> None:
-    """Build, judge, serve, check and load RECIPE beside dense.
+    """Build, judge, serve, check and load-test RECIPE and its dense model.
 
     The figures are written to OUT/report/metrics.json, and on one page to OUT/report/report.html. KV of both pairs goes
-    over a relay on loopback, a link of stated speed. At 50 Mb/s the KV of a dense prompt of SmolLM2-135M takes about as
-    long as its prefill on two CPU cores, as that of Llama-3.1-8B does at 25 Gb/s beside an H100 (arithmetic).
+    through a relay on loopback that limits the speed to --link. At 50 Mb/s the KV of a dense prompt of SmolLM2-135M
+    takes about as long as its prefill on two CPU cores; for Llama-3.1-8B on an H100 that is so at 25 Gb/s (arithmetic).
     Exit code 1 when the served pair is not what the plan says, a request failed, or an engine could not be built.
 
     \b

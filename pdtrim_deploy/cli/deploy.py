@@ -34,21 +34,21 @@ def deploy() -> None:
 
 @deploy.command()
 @click.argument("bundle", type=options.path)
-@click.option("--out", type=options.path, help="Folder for the files; files of the same names change.")
-@click.option("--dry-run", is_flag=True, help="Print the files instead of writing them; no --out then.")
+@click.option("--out", type=options.path, help="Folder for the files; files of the same names are replaced.")
+@click.option("--dry-run", is_flag=True, help="Print the files instead of writing them, without --out.")
 @click.option("--to", type=click.Choice(["kubernetes", "compose"]), default="kubernetes", show_default=True)
 @click.option("--prefill", type=replicas_or_gpus, default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=replicas_or_gpus, default=1, show_default=True, help="Decode workers.")
 @click.option("--tp-prefill", type=replicas_or_gpus, default=1, show_default=True, help="GPUs of a prefill worker.")
 @click.option("--tp-decode", type=replicas_or_gpus, default=1, show_default=True, help="GPUs of a decode worker.")
-@click.option("--name", default="pdtrim", show_default=True, help="Of the objects.")
-@click.option("--image", help="Built from the Dockerfile's target serve.  [default: pdtrim-serve:VERSION]")
+@click.option("--name", default="pdtrim", show_default=True, help="Name of the objects.")
+@click.option("--image", help="Image, built from the Dockerfile's target serve.  [default: pdtrim-serve:VERSION]")
 @click.option(
     "--bundle-from",
     default="pvc:pdtrim-bundle",
     show_default=True,
     metavar="WHERE",
-    help="pvc:CLAIM[/SUBPATH], oci:IMAGE (an image volume), or host:/FOLDER.",
+    help="Where workers read the bundle: pvc:CLAIM[/SUBPATH], oci:IMAGE (an image volume), or host:/FOLDER.",
 )
 @click.option(
     "--transport",
@@ -59,7 +59,12 @@ def deploy() -> None:
     help="SGLang's KV transfer backend; the image holds its library.",
 )
 @options.transport_options
-@click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
+@click.option(
+    "--rdma",
+    metavar="RESOURCE",
+    help="Extended resource of which each worker requests one, such as rdma/hca. The nodes' container runtime must "
+    "allow locked memory (memlock).",
+)
 @click.option(
     "--page-size",
     type=click.IntRange(1, MOST_TOKENS),
@@ -67,7 +72,7 @@ def deploy() -> None:
     show_default=True,
     help="Tokens per KV page.",
 )
-@click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
+@click.option("--memory", default="64Gi", show_default=True, help="Memory of a worker.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="Namespace that may scrape metrics.")
 @click.option(
     "--prefill-args", default="", callback=options.words, help="More arguments for prefill workers, one quoted string."

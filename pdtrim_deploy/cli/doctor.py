@@ -36,10 +36,10 @@ def doctor(
 ) -> None:
     """Report what this machine can build and serve, what is missing, and how to add it.
 
-    With RECIPE, also check whether memory and disk suffice, and estimate what each step of the build takes. Its time is
-    that of its operations at the rate of plain matrix products of this machine, measured in a second; of a --device
-    that is not here memory, disk, and time of files alone are estimated. A status in brackets belongs to something
-    optional. Exit code 0 when the job can run, 1 when not.
+    With RECIPE, also check whether memory and disk suffice, and estimate what each step of the build takes. Times
+    count a step's matrix products at the rate of this machine, which is measured in a second. For a --device that this
+    machine lacks, only memory, disk and the time for files are estimated. A status in brackets is that of an optional
+    part. Exit code 0 when the job can run, 1 when not.
 
     \b
     Examples:

@@ -21,47 +21,52 @@ OF_URLS = ("against", "of_bundle", "questions", "lengths", "max_tokens", "concur
 @click.argument("target", metavar="BUNDLE|URL")
 @click.option(
     "--tasks",
-    help="Of a bundle: some of perplexity,choice,needle,agreement, and lm_eval:NAME.  [default: the recipe's "
-    "perplexity alone]  Of a URL: some of gsm8k,humaneval,mmlu,ruler,turns,"
-    "instructions.",
+    help="Comma-separated. For a bundle: perplexity, choice, needle, agreement, lm_eval:NAME.  [default: only "
+    "perplexity, as the recipe says]  For a URL: gsm8k, humaneval, mmlu, ruler, turns, instructions.",
 )
 @click.option(
     "--items",
     type=click.IntRange(1),
-    help="Items of each task (needle: per depth; lm_eval and of a URL: the first).  [default: the task's]",
+    help="Items of each task (needle: per depth; lm_eval and URL tasks: the first so many).  [default: the task's]",
 )
 @click.option("--include-path", type=options.path, help="Folder of task YAML and data for lm_eval:NAME.")
 @click.option(
     "--hand-over",
     type=click.Choice(["served", "decode"]),
-    help="Whose logits judge lm_eval's first token: prefill's (served), or decode's, which then reads the context's "
-    "last token (decode).  [default: decode for likelihoods, served for texts]",
+    help="Whose logits judge the first answer token of lm_eval tasks: prefill's (served), or those of decode, which "
+    "then also reads the context's last token (decode).  [default: decode for likelihoods, served for texts]",
 )
-@click.option("--corpus", help="brown, code, dir:PATH, jsonl:PATH ... as in recipes.  [default: the recipe's]")
+@click.option(
+    "--corpus", help="Text to judge on, as in recipes: brown, code, dir:PATH, jsonl:PATH ...  [default: the recipe's]"
+)
 @click.option(
     "--sequences", type=click.IntRange(1), help="Sequences to judge; not with --tasks.  [default: the recipe's]"
 )
 @click.option(
     "--seed", type=click.IntRange(0, MOST_SEED), help="Seed that chooses text and items.  [default: the recipe's]"
 )
-@click.option("--against", metavar="URL", help="Of a URL: where the dense model is served, for paired answers.")
+@click.option(
+    "--against", metavar="URL", help="For a URL: URL of the served dense model, which gets the same questions."
+)
 @click.option(
     "--bundle",
     "of_bundle",
     type=options.path,
-    help="Of a URL: the bundle that it serves, whose gates apply and whose reports and cards get the results.",
+    help="For a URL: the bundle that it serves. Its gates apply, and its reports and cards get the results.",
 )
-@click.option("--questions", type=options.path, help="Of a URL: gsm8k's questions, a file.  [default: 100 of GSM8K]")
+@click.option(
+    "--questions", type=options.path, help="For a URL: file with questions for gsm8k.  [default: 100 of GSM8K]"
+)
 @click.option(
     "--lengths",
     type=options.TokenCounts(),
-    help="Of a URL: tokens of a prompt and its answer, of ruler and turns.  [default: 4096,8192,16384]",
+    help="For a URL: tokens of prompt and answer together, for ruler and turns.  [default: 4096,8192,16384]",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), help="Of a URL: tokens of an answer at most.  [default: the task's]"
+    "--max-tokens", type=click.IntRange(1), help="For a URL: most tokens of an answer.  [default: the task's]"
 )
-@click.option("--concurrency", type=options.some_clients, help="Of a URL: questions at a time.  [default: 8]")
-@click.option("--out", type=options.new_file, help="Of a URL: a file for the results, beside --bundle's.")
+@click.option("--concurrency", type=options.some_clients, help="For a URL: questions sent at a time.  [default: 8]")
+@click.option("--out", type=options.new_file, help="For a URL: file for the results, besides the reports of --bundle.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
 @options.device
 @options.compute_dtype
@@ -70,15 +75,15 @@ OF_URLS = ("against", "of_bundle", "questions", "lengths", "max_tokens", "concur
 @options.json_flag
 @click.pass_context
 def evaluate(context: click.Context, target: str, tasks: str | None, **rest: object) -> None:
-    """Measure perplexity on held-out text, or --tasks, of the dense model and of the pair.
+    """Compare the pair with the dense model: perplexity on held-out text, or --tasks.
 
-    Both continue the same prompts. The result is also written to BUNDLE/reports/eval.json (tasks.json), with seed,
-    corpus, command and machine, and into the model cards of both stages. Tasks of lm-evaluation-harness run on the PD
-    oracle, each question's answers go to BUNDLE/reports/lm_eval. Their data come from the hub or, with --include-path,
-    from local files.
+    Both continue the same prompts. The result is also written to BUNDLE/reports/eval.json (tasks.json with --tasks),
+    with seed, corpus, command and machine, and into the model cards of both stages. Tasks of lm-evaluation-harness run
+    on the PD oracle; the answers to each question go to BUNDLE/reports/lm_eval. Their data come from the hub or, with
+    --include-path, from local files.
 
-    Of a URL, a running pair generates answers, and the dense model at --against the same: sgl-eval asks both. humaneval
-    runs the programs that the models write, in a child with limits.
+    With a URL, the running pair at URL and the dense model at --against generate answers to the same questions, which
+    sgl-eval sends. humaneval runs the programs that the models write, in a child process with limits.
 
     Exit code 1 when a task falls below its gate in the recipe's `quality`.
 

@@ -3,9 +3,9 @@
 EXIT_CODES = {
     0: "done",
     1: "a check failed, an engine could not be built, or a server died",
-    2: "bad input, or something of this machine to mend: one sentence says what and how",
-    129: "ended by SIGHUP, as gently as by Ctrl-C",
-    130: "stopped by Ctrl-C; nothing half-written is left, the same command goes on where it can",
-    141: "the reader of our output went away",
-    143: "ended by SIGTERM, as gently as by Ctrl-C",
+    2: "bad input, or a fault of this machine: one sentence says what to do",
+    129: "ended by SIGHUP, with the same cleaning up as Ctrl-C",
+    130: "stopped by Ctrl-C; no half-written file is left, and the same command resumes where it can",
+    141: "the program that read the output (a pipe) has ended",
+    143: "ended by SIGTERM, with the same cleaning up as Ctrl-C",
 }

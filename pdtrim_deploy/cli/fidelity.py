@@ -21,9 +21,11 @@ from pdtrim_deploy.serving.engines import Executors
 @click.command()
 @click.argument("bundle", type=options.path)
 @click.argument("url", required=False)
-@click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="Tokens a prompt.")
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Chooses the text.")
-@click.option("--deadline", type=options.seconds, default=120.0, show_default=True, help="Seconds a request.")
+@click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="New tokens for each prompt.")
+@click.option(
+    "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Seed that chooses the text."
+)
+@click.option("--deadline", type=options.seconds, default=120.0, show_default=True, help="Most seconds of a request.")
 @options.executors
 @options.device
 @options.oracle_dtype

@@ -19,12 +19,12 @@ from pdtrim_deploy.gpucheck.registry import PARTS
 @options.serve_python
 @click.pass_context
 def gpu_check(ctx: click.Context, out: Path, parts: tuple[str, ...], seconds: float, serve_python: Path | None) -> None:
-    """Run on this machine's GPU what the README marks as not run on one, and write down what came of it.
+    """Run on this machine's GPU the parts that have not run on one, and write the results to a file.
 
     \b
-    Each part runs in processes of its own with a deadline, and is skipped with the reason where something lacks:
-    SGLang, Triton, TensorRT, a transfer library, or time: main parts come first, and all need half an hour
-    (--seconds 1800). No network is needed. Where nothing is installed but torch and triton, or torch and nvcc,
+    Each part runs in its own processes with a deadline. A part is skipped, with the reason, if something is missing:
+    SGLang, Triton, TensorRT, a transfer library, or time. The main parts come first; all parts need half an hour
+    (--seconds 1800). No network is needed. If only torch and triton, or torch and nvcc, are installed,
     `python -m pdtrim_deploy.gpucheck` in a clone checks the kernels.
     Exit codes: 0 when nothing failed, 1 when a part failed, 2 without a CUDA device.
 

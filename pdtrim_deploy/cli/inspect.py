@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--sequences", type=click.IntRange(1), help="Sequences of 256 tokens, for a model.  [default: 16]")
 @click.option(
-    "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]"
+    "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [default: 0.95]"
 )
 @click.option("--picture", type=options.new_file, help="Draw a model's candidates into this SVG file.")
 @options.device
@@ -49,7 +49,7 @@ def inspect(
 ) -> None:
     """Show the blocks, bytes and engines of BUNDLE, or the blocks that MODEL could lose.
 
-    An engine is built, checked or run; notes below the table say what was checked and where it has run.
+    For each engine the table says whether it was built, checked or run; notes below say what was checked and where.
     A model is a source (hf:DIR, gguf:FILE, pypi:NAME) or a HF folder. It runs once over calibration text and compares
     the hidden states before and after each block, and each adjacent pair. Pairs above the threshold form the
     distillation set, from which `distil: true` in a recipe takes its pairs; all other blocks form the pruning set.

@@ -11,7 +11,8 @@ RESUME = {
     "build": "run the same command again to resume after the last finished step",
     "demo": "run the same command again: finished builds are reused, servers are stopped",
     "serve": "workers and router are stopped; run the same command again to serve",
-    "eval": "nothing was written; run the same command again, it starts anew",
+    "eval": "the report is written at the end, answers of finished tasks before; run the same command again, "
+    "it starts anew",
     "fidelity": "nothing was written, what was started for it is stopped; run the same command again",
     "loadtest": "the load is lost, what was started for it is stopped; run the same command again",
     "compare": "the rounds are lost, what was started for them is stopped; run the same command again",

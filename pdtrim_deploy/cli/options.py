@@ -82,8 +82,8 @@ split_pool = click.option(
     "split_pool",
     metavar="ISL:OSL",
     callback=lambda ctx, param, value: None if value is None else SplitPool.parse(value),
-    help="Requests of ISL + OSL tokens, for which decode sizes the pools of its cut layers, as `pdtrim-deploy plan` "
-    "does.  [default: 4096:256, or shorter ones where fewer than 16 of those fit]",
+    help="Size the pools of decode's cut layers for requests of ISL prompt and OSL answer tokens.  "
+    "[default: 4096:256, or shorter ones if fewer than 16 of those fit]",
 )
 cache_dir = click.option(
     "--cache-dir",
@@ -138,13 +138,15 @@ def device(
 
     size = Bytes()
     wrapped = click.option(
-        "--device-memory", type=size, help="The same of all GPUs of --device together.  [default: no limit]"
+        "--device-memory",
+        type=size,
+        help="Memory that the command may take on all GPUs of --device together.  [default: no limit]",
     )(wrapped)
     wrapped = click.option(
         "--memory",
         type=size,
-        help="Host memory that the command may take, such as 24GB: where the model does not fit, its blocks are read "
-        "as they run. The results are the same.  [default: no limit]",
+        help="Host memory that the command may take, such as 24GB. If the model does not fit, its blocks are read from "
+        "disk as they run. The results are the same.  [default: no limit]",
     )(wrapped)
     return click.option(
         "--device",
@@ -163,11 +165,11 @@ def _compute_dtype(text: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return click.option("--compute-dtype", type=click.Choice(get_args(NativeDtype)), help=text)
 
 
-compute_dtype = _compute_dtype("What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]")
+compute_dtype = _compute_dtype("Dtype in which the model computes; the KV pool's dtype stays.  [default: the recipe's]")
 oracle_dtype = _compute_dtype(
-    "What the oracle computes in: the bundle's dtype, as the pair does, or float32, for twice the memory, which rounds "
-    "less: use it where a 16-bit check does not tell a wrong plan apart.  [default: the bundle's, or float32 where "
-    "this CPU only emulates it]"
+    "Dtype in which the oracle computes: the bundle's, as the pair does, or float32, which rounds less and takes twice "
+    "the memory. Use float32 if a 16-bit check does not detect a wrong plan.  [default: the bundle's, or float32 if "
+    "this CPU only emulates the bundle's]"
 )
 
 
@@ -177,7 +179,7 @@ transport_options = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     callback=lambda ctx, param, value: TransportOptions.parse(value),
-    help="stall_seconds=10, staging_bytes=..., accept_unauthenticated=true, ...; repeatable.",
+    help="Option of the transport, such as stall_seconds=10 or staging_bytes=67108864; repeatable.",
 )
 
 
@@ -200,8 +202,8 @@ def executors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     choice = click.Choice(EXECUTORS)
     for option, text in (
-        ("--decode-executor", "The same, for decode alone."),
-        ("--prefill-executor", "The same, for prefill alone."),
+        ("--decode-executor", "What computes decode; overrides --executor."),
+        ("--prefill-executor", "What computes prefill; overrides --executor."),
         ("--executor", "What computes both stages: SGLang's torch model, or the bundle's engine.  [default: torch]"),
     ):
         wrapped = click.option(option, type=choice, help=text)(wrapped)

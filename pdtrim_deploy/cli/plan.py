@@ -52,9 +52,9 @@ def plan(
 ) -> None:
     """Compute bytes, link time, decode memory and largest request rate of each target and of its unpruned model.
 
-    This takes seconds and reads no weights; a recipe is priced by the number of blocks and layers that it cuts. With
-    --rates, also compute how many prefill and decode workers carry --rate within an SLO. Exit code 0 even when --rate
-    does not fit.
+    This takes seconds and reads no weights; for a recipe it assumes the numbers of blocks and layers that the recipe
+    removes or cuts. With --rates, also compute how many prefill and decode workers carry --rate within an SLO. Exit
+    code 0 even when --rate does not fit.
 
     \b
     Examples:

@@ -30,12 +30,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # SGLang's
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prefill", type=options.some_workers, default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=options.some_workers, default=1, show_default=True, help="Decode workers.")
-@click.option(
-    "--workers", type=options.some_workers, default=1, show_default=True, help="Workers of one model for both stages."
-)
+@click.option("--workers", type=options.some_workers, default=1, show_default=True, help="Workers of a unified bundle.")
 @click.option("--tp-prefill", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a prefill worker.")
 @click.option("--tp-decode", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a decode worker.")
-@click.option("--share-gpus", is_flag=True, help="Let several workers take one GPU where there are too few.")
+@click.option("--share-gpus", is_flag=True, help="Let several workers share a GPU if there are too few.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The router's port (default: a free one).")
 @options.executors
 @click.option("--page-size", type=click.IntRange(1), help=f"Tokens per KV page.  [default: 1; on GPUs {PAGE_TOKENS}]")
@@ -57,7 +55,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # SGLang's
     "--send-by-layer", is_flag=True, help="Send rows of finished layers while prefill computes the layers after them."
 )
 @click.option("--threads", type=click.IntRange(1), help="OpenMP threads per worker (default: cores / workers).")
-@click.option("--start-timeout", type=options.seconds, default=600.0, show_default=True, help="Seconds.")
+@click.option(
+    "--start-timeout",
+    type=options.seconds,
+    default=600.0,
+    show_default=True,
+    help="Seconds that servers may take to start.",
+)
 @options.serve_python
 @click.option(
     "--log-dir", type=click.Path(path_type=Path), help="Folder with one log file per program (default: a new folder)."
@@ -68,8 +72,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # SGLang's
     callback=options.words,
     help="More arguments for sglang.launch_server, as one quoted string.",
 )
-@click.option("--prefill-args", default="", callback=options.words, help="The same, for prefill workers alone.")
-@click.option("--decode-args", default="", callback=options.words, help="The same, for decode workers alone.")
+@click.option("--prefill-args", default="", callback=options.words, help="The same, only for prefill workers.")
+@click.option("--decode-args", default="", callback=options.words, help="The same, only for decode workers.")
 @click.option(
     "--router-args", default="", callback=options.words, help="More arguments for the router, as one quoted string."
 )

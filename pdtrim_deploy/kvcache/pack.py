@@ -95,11 +95,12 @@ def unpack(
 
 
 def check(device: torch.device) -> None:
-    """Call it when a chunk's event has come. It waits for nothing and copies nothing from the GPU.
+    """Call it in the thread that queued a chunk, when its event has come. It waits for nothing and copies nothing.
 
     Raises:
-        IndexError: a slot lay outside its pool, of this or another chunk on this GPU since the last call; its rows were
-            neither read nor written, and packed as zeros.
+        IndexError: a slot lay outside its pool, of a chunk that this thread has queued on this GPU since the last call;
+            its rows were neither read nor written, and packed as zeros. Where another thread is to wait for the
+            chunk, give it a flag of its own (`gpu.faults`).
 
     """
     if device.type == "cuda" and (form := gpu.library()) is not None:

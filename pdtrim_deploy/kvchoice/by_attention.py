@@ -15,7 +15,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 from pdtrim_deploy.kvchoice.base import Cut, Problem, Progress, Sends
 
-LOOKING = 32  # last prompt tokens whose attention identifies a lazy layer, as in SimLayerKV
+LOOKING = 32  # the prompt's last tokens, whose attention tells a lazy layer: SimLayerKV's number, in its authors' code
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ByAttention:
         """Each decode layer's share of attention on the rows that a cut keeps."""
         prompt, sequences = problem.prompt_tokens, problem.sequences
         if self.queries == "prompt":
-            sequences = sequences[:, :prompt]
+            sequences = sequences[:, : prompt + 1]  # the last one is what the prompt's last token predicts: not read
             prompt -= min(LOOKING, prompt // 2)
         sparse = self.cut.sparse
         mass = attention_mass(problem.oracle, sequences, prompt, *sparse.edges(prompt), progress=progress)

@@ -39,11 +39,11 @@ async def _drive(url: str, scenario: Scenario, ended: Callable[[Outcome], None])
         pauses: list[float] = []
         watch = asyncio.create_task(_watch(pauses))
         started, cpu = time.perf_counter(), time.process_time()
+        until = None if scenario.duration_s is None else started + scenario.duration_s
         if clients and scenario.trace is None:
-            until = None if scenario.duration_s is None else started + scenario.duration_s
             outcomes = await _closed_loop(client, jobs(scenario), clients, scenario.deadline_s, until, ended)
         else:
-            outcomes = await _open_loop(client, jobs(scenario), scenario.deadline_s, started)
+            outcomes = await _open_loop(client, jobs(scenario), scenario.deadline_s, started, until)
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
         watch.cancel()
         return LoadRun(tuple(outcomes), wall, cpu, tuple(pauses))
@@ -65,20 +65,20 @@ async def _closed_loop(
             job = next(waiting, None)
             if job is None:
                 return
-            outcomes.extend(await _converse(client, job, deadline_s, ended))
+            outcomes.extend(await _converse(client, job, deadline_s, until, ended))
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     return outcomes
 
 
 async def _open_loop(
-    client: httpx.AsyncClient, queue: Iterable[Job], deadline_s: float, started: float
+    client: httpx.AsyncClient, queue: Iterable[Job], deadline_s: float, started: float, until: float | None
 ) -> list[Outcome]:
     """Send requests when they are due, whether or not earlier ones have ended."""
 
     async def send(job: Job, due: float) -> list[Outcome]:
         late = max(0.0, time.perf_counter() - due)
-        first, *later = await _converse(client, job, deadline_s)
+        first, *later = await _converse(client, job, deadline_s, until)
         return [replace(first, late=late), *later]
 
     sent = []
@@ -99,16 +99,20 @@ async def _watch(pauses: list[float]) -> None:
 
 
 async def _converse(
-    client: httpx.AsyncClient, job: Job, deadline_s: float, ended: Callable[[Outcome], None] = lambda outcome: None
+    client: httpx.AsyncClient,
+    job: Job,
+    deadline_s: float,
+    until: float | None,
+    ended: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """A request, and the turns that follow it while each has its answer."""
+    """A request, and the turns that follow it while each has its answer; none is sent after `until`."""
     outcomes, prompt = list[Outcome](), ""
     for turn, part in enumerate((job, *job.later)):
         prompt = f"{prompt}{outcomes[-1].text} {part.prompt}" if outcomes else part.prompt
         outcome = replace(await _request(client, replace(part, prompt=prompt), deadline_s), turn=turn)
         outcomes.append(outcome)
         ended(outcome)
-        if outcome.failure is not None:
+        if outcome.failure is not None or (until is not None and time.perf_counter() >= until):
             break
     return outcomes
 

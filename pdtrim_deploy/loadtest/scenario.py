@@ -119,7 +119,8 @@ class Conversations(_Section):
     """Requests come in conversations of `turns` turns.
 
     A turn's prompt is all the text before it, the answers among it, and its own `input`; it is sent when the turn
-    before it has its answer. Arrivals are those of conversations. One whose turn fails ends.
+    before it has its answer. Arrivals are those of conversations. One whose turn fails ends, and so do all when the
+    load's `duration_s` is over.
     """
 
     turns: Annotated[int, Field(ge=2, le=1000)]

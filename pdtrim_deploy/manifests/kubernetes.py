@@ -75,7 +75,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
         "startupProbe": _health(period=10, failures=START_S // 10),
         "readinessProbe": _health(period=30, failures=2),
         "livenessProbe": _health(period=60, failures=5),
-        "securityContext": _confined(["IPC_LOCK"] if options.rdma else []),
+        "securityContext": _confined(),
         "volumeMounts": [
             {"name": "bundle", "mountPath": BUNDLE_MOUNT, "readOnly": True}
             | ({"subPath": options.bundle.subpath} if options.bundle.subpath else {}),
@@ -230,9 +230,12 @@ def _pod_basics() -> Manifest:
     }
 
 
-def _confined(capabilities: list[str] | None = None) -> Manifest:
-    allowed: Manifest = {"drop": ["ALL"]} | ({"add": capabilities} if capabilities else {})
-    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": allowed}
+def _confined() -> Manifest:
+    """No capability is added: Kubernetes puts it into the bounding set, from which a user that is not root gets none.
+
+    So IPC_LOCK would not let RDMA register memory beyond the container runtime's memlock (`deploy/README.md`).
+    """
+    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 
 
 def _health(period: int, failures: int) -> Manifest:

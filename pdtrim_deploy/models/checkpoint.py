@@ -11,7 +11,7 @@ from typing import Any
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.config import read_config, rope_of
 from pdtrim_deploy.models.families import FAMILIES, Family, attention_sizes, family_of
 from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.families.sizes import mlp_width
@@ -194,14 +194,6 @@ def _check_tied(folder: Path, tied: bool, index: dict[str, TensorInfo]) -> None:
         )
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE as one dict: transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    return rope
-
-
 def _essentials(config: dict[str, Any], family: Family) -> tuple[str, ...]:
     """Keys of config.json that change what the model computes."""
     if family.blocks:
@@ -211,7 +203,7 @@ def _essentials(config: dict[str, Any], family: Family) -> tuple[str, ...]:
 
 def _fingerprint(checkpoint: Checkpoint, cache: Cache, note: Callable[[str], None]) -> str:
     config, family, tensors = checkpoint.config, checkpoint.family, checkpoint.tensors
-    essentials = {"architecture": family.architecture, "rope": _rope(config)}
+    essentials = {"architecture": family.architecture, "rope": rope_of(config)}
     essentials |= {key: config[key] for key in _essentials(config, family) if config.get(key) is not None}
     if checkpoint.quantized is not None:
         essentials["quantization_config"] = dict(checkpoint.quantized.section)

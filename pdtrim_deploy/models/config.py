@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"{path}: key {key} is {config[key]!r}; it must be an object of keys and values, or null")
     return config
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE as one dict: transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    return rope
 
 
 def _mlp_key(config: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ _VERSION = 3  # of how weights are made
 _KV_ONLY_VERSION = 5  # the same where some blocks run for their K and V alone
 _PAIR_VERSION = 6  # the same where they are trained
 _TRAINING = 1  # version of training by gradients
+_RESCALED = 2  # version of how it is decided whether rescaling helps
 
 Changed = Mapping[Stage, "BlockTensors"]
 
@@ -59,6 +60,7 @@ def _version(recipe: Recipe) -> int:
 def _section(section: HealingSection) -> dict[str, Any]:
     """What the section decides, without what is done once KV is chosen."""
     kept = {name: value for name, value in section.decides(trains=section.trains).items() if name != "kv_steps"}
+    kept |= {"rescaled": _RESCALED} if section.compensation == "norm" else {}
     return kept | ({"training": _TRAINING} if section.trains else {})
 
 

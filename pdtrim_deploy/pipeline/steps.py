@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pdtrim_deploy.pruning.teacher import Teacher
 
 CANDIDATES, JUDGED = f"{REPORTS}/candidates.json", f"{REPORTS}/judged.jsonl"
-_JUDGE = 2  # version of how finalists are judged
 PRUNED = (PRUNING, CANDIDATES, *(f"{REPORTS}/{name}" for name in LOGS), JUDGED)
 
 
@@ -128,7 +127,7 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
     """Judges a search's finalists, compensated as they will be; its losses stand in reports/judged.jsonl."""
     from pdtrim_deploy.pruning.cached_judge import CachedJudge
     from pdtrim_deploy.pruning.compensation import FitRules
-    from pdtrim_deploy.pruning.refit_judge import RefitJudge
+    from pdtrim_deploy.pruning.refit_judge import VERSION, RefitJudge
 
     section, ids = context.recipe.healing, texts.judged(context)
     rules = FitRules.of(section)
@@ -137,7 +136,7 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
     judge = RefitJudge(
         model, context.shape, ids, section.compensation, students, context.note, together, teacher, rules
     )
-    key = [_JUDGE, context.measured_model, section.compensation, texts.digest(ids), about]
+    key = [VERSION, context.measured_model, section.compensation, texts.digest(ids), about]
     key += [] if teacher is None else ["kl"]
     key += [] if rules == FitRules() else [asdict(rules)]
     return CachedJudge(judge, context.out / JUDGED, key)

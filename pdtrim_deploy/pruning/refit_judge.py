@@ -11,11 +11,13 @@ from torch import Tensor
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.compensation import WHOLE_MAPS, FitRules, get_compensation
-from pdtrim_deploy.pruning.compensation.held_out import held_out
+from pdtrim_deploy.pruning.compensation.held_out import halves, held_out
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_kl, pd_loss, prefill_kl, prefill_loss
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.teacher import Teacher
+
+VERSION = 3  # raise when finalists are judged otherwise
 
 
 class StudentTensors(Protocol):
@@ -71,8 +73,8 @@ class RefitJudge:
         self, stage: Stage, prefill: Solution, solutions: Sequence[Solution], compensated: str, method: str
     ) -> Iterator[float]:
         """Of each, prefill `compensated` by that where decode is judged, the stage itself by `method`."""
-        first, second = slice(0, None, 2), slice(1, None, 2)
-        halves = [
+        first, second = halves(len(self.ids))
+        parts = [
             (self.ids[fitted], checked, self._handing_over(stage, prefill, self.ids[fitted], compensated))
             for fitted, checked in ((first, second), (second, first))
         ]
@@ -80,7 +82,7 @@ class RefitJudge:
         for at in range(0, len(solutions), step):
             some = solutions[at : at + step]
             sums = [0.0] * len(some)
-            for fitted, checked, before in halves:
+            for fitted, checked, before in parts:
                 pairs = [self._pair(lost if stage == "prefill" else prefill, lost) for lost in some]
                 pairs = self._compensated(
                     [pair.with_changes("prefill", before) for pair in pairs], stage, fitted, method

@@ -19,7 +19,7 @@ from pdtrim_deploy.serving.process import ServerProcess, stop_all
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 
 POLL_S = 0.2
-GRACE_S = 1.0
+GRACE_S = 5.0  # in which a worker ends whose connection broke, also on a busy machine
 ROUTER_STOP_S = 2.0  # sglang-router 0.3.2 lingers at SIGTERM while a client keeps a connection open
 
 
@@ -189,11 +189,18 @@ class Cluster:
         while (result := pair.result(POLL_S)) is not True:
             self.check()
             if result:
-                time.sleep(GRACE_S)
-                self.check()  # a worker that dies breaks its connections first, and its log says more
+                self._watch(GRACE_S)  # a worker that dies breaks its connections first, and its log says more
                 logs = f"{self._processes[prefill.name].log} and {self._processes[decode.name].log}"
                 raise ServingError(f"{pair.name} cannot serve: {result}; see {logs}")
             self._in_time(deadline, f"{pair.name} gave no token", self._processes[decode.name])
+
+    def _watch(self, seconds: float) -> None:
+        """Raise as soon as a program ends, and return when none has."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.check()
+            time.sleep(POLL_S)
+        self.check()
 
     def _probe_router(self, deadline: float) -> None:
         """As many real requests as the role with most workers has: round robin reaches each of them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MOST_TOP_LOGPROBS = 128  # sglang.srt.disaggregation.utils.MetadataBuffers of SGLang 0.5.23
 LAST_ROOM = (1 << 64) - 1
@@ -37,6 +38,23 @@ def bad_room(room: int | None, host: str | None = None) -> str | None:
     if room is None or first <= room <= LAST_ROOM:
         return None
     return f"bootstrap_room is {room}; valid are {first} to {LAST_ROOM}"
+
+
+def shared_room(request: Any, states: Mapping[str, Any]) -> str | None:
+    """What is wrong with a room that an earlier request still has, or nothing: each could get the other's KV.
+
+    `states` are SGLang's `rid_to_state`, in the order in which the requests came; `request` is among them.
+    """
+    room = request.bootstrap_room
+    if room is None or request.bootstrap_host == WARM_UP_HOST:
+        return None
+    for rid, state in states.items():
+        if rid == request.rid:
+            return None
+        earlier = state.obj
+        if getattr(earlier, "bootstrap_room", None) == room and earlier.bootstrap_host != WARM_UP_HOST:
+            return f"bootstrap_room {room} is another request's, which has not ended; draw each at random"
+    return None
 
 
 def bad_stop_regex(patterns: str | Sequence[str] | None) -> str | None:

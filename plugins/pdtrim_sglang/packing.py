@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.checksum import checksum
+from pdtrim_deploy.kvcache.gpu import faults
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
-from pdtrim_deploy.kvcache.pack import check, pack
+from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.forward_pass import ForwardPass
 from pdtrim_sglang.pool import PoolView
@@ -63,7 +64,7 @@ class Chunk:
 class Packed:
     """A chunk whose bytes lie in slot number `slot`, or in `pieces` of it and of other memory, once `event` has come.
 
-    They are of KV heads `heads`.
+    They are of KV heads `heads`; `fault` is the flag of its slot, where they are on a GPU.
     `queued_at` is when the scheduler queued it, in seconds of the monotonic clock.
     `device_sum` is the checksum of bytes in a slot on a GPU, int64 `[1]` on the host; it is there with `event`, too.
     `draft_bytes` are those of a draft model's rows, which stand behind the others, `state_bytes` those of states, which
@@ -78,7 +79,7 @@ class Packed:
     pieces: Sequence[memoryview] | None
     aux: bytes
     event: Any
-    device: torch.device
+    fault: Tensor | None
     device_sum: Tensor | None = None
     draft_bytes: int = 0
     state_bytes: int = 0
@@ -92,7 +93,8 @@ class Packed:
         """Until the bytes are there. IndexError: a slot lay outside its pool."""
         if self.event is not None:
             self.event.synchronize()
-        check(self.device)
+        if self.fault is not None:
+            faults.check(self.fault)
 
 
 class Packer:
@@ -103,6 +105,8 @@ class Packer:
 
     def __init__(self, plan: PDPlan, pool: PoolView, aux: AuxRows, slots: Sequence[Tensor]) -> None:
         self._plan, self._pool, self._aux, self._slots = plan, pool, aux, slots
+        self._device = device = pool.keys[0].device
+        self._faults = [faults.new_flag(device) if device.type == "cuda" else None for _ in slots]
         self._sums = [None if slot.is_cpu else staging_buffer(8).view(torch.int64) for slot in slots]
 
     def pack(self, queued_at: float, chunk: Chunk, slot: int) -> Packed:
@@ -120,6 +124,9 @@ class Packer:
 
     def _pack_or_settle(self, queued_at: float, chunk: Chunk, slot: int, pages: Any) -> Packed:
         """Pack; where it raises, the GPU reads no page and writes no slot any more."""
+        if (fault := self._faults[slot]) is not None:
+            fault.zero_()  # of a chunk that was not packed to its end
+            faults.use(self._device, fault)
         try:
             if chunk.states is not None:
                 return self._pack_states(queued_at, chunk, slot, chunk.states)
@@ -143,9 +150,9 @@ class Packer:
             device_sum.copy_(checksum(out[: len(packed)]), non_blocking=True)
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads)
         aux = self._aux_row(chunk)
-        event, device = pool.record_event(), pool.keys[0].device
+        event, fault = pool.record_event(), self._faults[slot]
         return Packed(
-            queued_at, chunk, layout, pool.heads, slot, None, aux, event, device, device_sum, state_bytes=len(packed)
+            queued_at, chunk, layout, pool.heads, slot, None, aux, event, fault, device_sum, state_bytes=len(packed)
         )
 
     def _pack(self, queued_at: float, chunk: Chunk, slot: int, pages: Any) -> Packed:
@@ -175,5 +182,5 @@ class Packer:
             if device_sum is not None:
                 device_sum.copy_(checksum(out[: layout.total_bytes + draft_bytes]), non_blocking=True)
         aux = self._aux_row(chunk)
-        event, device = pool.record_event(), pool.keys[0].device
-        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, event, device, device_sum, draft_bytes)
+        event, fault = pool.record_event(), self._faults[slot]
+        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, event, fault, device_sum, draft_bytes)

@@ -6,6 +6,7 @@ Threads of its own mean that a decode worker which hangs holds up nobody else's 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.sums import as_bytes
 
 __all__ = ["Chunk", "Owner", "Peer"]
+logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 
 
 class Owner(Protocol):
@@ -151,6 +153,7 @@ class Peer:
                 if not self._missed(queued_at, chunk.room) and self._live(chunk.room):
                     packed = self._packer.pack(queued_at, chunk, slot)
             except Exception as error:  # whatever it was, it ends this request and not this thread
+                logger.exception("pdtrim: a chunk was not packed")
                 self._owner.fail(chunk.room, f"packing failed: {error}")
             if packed is not None:
                 self._packed.put(packed)
@@ -174,6 +177,7 @@ class Peer:
             except TransportError as error:
                 self._owner.fail(room, str(error))
             except Exception as error:  # of the GPU, say, when the packed rows are waited for
+                logger.exception("pdtrim: a chunk was not packed or sent")
                 self._owner.fail(room, f"packing failed: {error}")
             del packed  # it may hold staging memory
             self._done(slot)

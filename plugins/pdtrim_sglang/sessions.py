@@ -14,6 +14,7 @@ from typing import Any
 from pdtrim_sglang.messages import UNREGISTERED, Register
 from pdtrim_sglang.pairing import RoomInfo
 from pdtrim_sglang.peer import Chunk, Peer
+from pdtrim_sglang.transports.base import log_unforeseen
 
 MOST_REMEMBERED = 10_000
 
@@ -73,6 +74,7 @@ class Sessions:
         try:
             peer = self._make_peer(known)
         except Exception as error:  # memory that cannot be registered must end neither scheduler nor control thread
+            log_unforeseen(error)
             return f"cannot prepare to send to decode worker {session}: {error}"
         with self._lock:
             if self._peers.setdefault(session, peer) is not peer:

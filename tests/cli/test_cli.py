@@ -18,6 +18,7 @@ import pytest
 import yaml
 from answering import answering
 from bare_bundle import make_bundle
+from commandline import run
 from localtasks import write_tasks
 from sse_server import Behaviour, serve
 from tinytext import write_words
@@ -61,15 +62,6 @@ def bundle_dir(recipe_file: Path, cache: Cache) -> Path:
         main(["build", str(recipe_file), "--out", str(out), "--cache-dir", str(cache.root)])
     assert ended.value.code == 0
     return out
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def without(modules: tuple[str, ...], *args: object) -> subprocess.CompletedProcess[str]:

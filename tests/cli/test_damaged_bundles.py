@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from bare_bundle import make_bundle
-
-from pdtrim_deploy.cli import main
+from commandline import run
 
 NO_TEXT, NO_END = b"\xff\xfe\x80", b"[" * 100_000
 
@@ -31,9 +30,7 @@ def test_it_is_one_sentence(
     folder = make_bundle(tmp_path / "b").path
     (folder / name).write_bytes(data)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as ended:
-        main([command, str(folder)])
-    printed = capsys.readouterr()
-    assert (ended.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
-    assert "build the bundle again" in printed.err
+    code, out, err = run(capsys, command, folder)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "build the bundle again" in err
     assert sorted(tmp_path.rglob("*")) == before

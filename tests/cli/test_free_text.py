@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 from bare_bundle import make_bundle
-
-from pdtrim_deploy.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
+from commandline import run
 
 
 @pytest.fixture

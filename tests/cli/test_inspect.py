@@ -5,9 +5,8 @@ import random
 import xml.etree.ElementTree as ET
 
 import pytest
+from commandline import run
 from tinyfp8 import write_fp8
-
-from pdtrim_deploy.cli import main
 
 
 @pytest.fixture
@@ -16,12 +15,6 @@ def corpus(tmp_path):
     for name in "abcdef":
         (tmp_path / f"{name}.txt").write_text("".join(rng.choice("abcdefgh ,.") for _ in range(600)))
     return f"dir:{tmp_path}"
-
-
-def run(capsys, *args):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(arg) for arg in args])
-    return (stopped.value.code or 0), *capsys.readouterr()
 
 
 def test_a_model_shows_its_candidates(capsys, tiny_llama_dir, corpus, cache, tmp_path):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from bare_bundle import make_bundle
+from commandline import run
 from sse_server import Behaviour, serve
-
-from pdtrim_deploy.cli import main
 
 SMALL = "name: a\narrivals: {kind: concurrency, clients: 2}\ninput: {tokens: 5}\noutput: {tokens: 3}\nrequests: 4\n"
 
@@ -27,13 +26,6 @@ def scenario(tmp_path: Path) -> Path:
 def url() -> Iterator[str]:
     with serve(Behaviour(ttft=0.02, itl=0.01)) as address:
         yield address
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def test_a_scenario_is_run(url: str, scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:

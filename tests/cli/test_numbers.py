@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from bare_bundle import make_bundle
-
-from pdtrim_deploy.cli import main
+from commandline import run
 
 URL, HUGE = "http://127.0.0.1:1", str(10**30)
 SERVE = ("serve", "BUNDLE", "--serve-python", sys.executable, "--dry-run")
@@ -41,9 +40,7 @@ SIMULATE = ("plan", "llama-3.1-8b", "--rates", "gone.yaml", "--rate", "1", "--si
 def test_no_such_number(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...], option: str, value: str
 ) -> None:
-    bundle = str(make_bundle(tmp_path / "b").path)
-    with pytest.raises(SystemExit) as ended:
-        main([bundle if word == "BUNDLE" else word for word in (*command, option, value)])
-    printed = capsys.readouterr()
-    assert (ended.value.code, printed.out) == (2, "")
-    assert f"Error: Invalid value for '{option}': " in printed.err
+    bundle = make_bundle(tmp_path / "b").path
+    code, out, err = run(capsys, *(bundle if word == "BUNDLE" else word for word in (*command, option, value)))
+    assert (code, out) == (2, "")
+    assert f"Error: Invalid value for '{option}': " in err

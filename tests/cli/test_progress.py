@@ -1,7 +1,9 @@
 """A long step that says nothing is said to go on."""
 
 import logging
+import re
 import time
+from pathlib import Path
 
 from pdtrim_deploy.cli.progress import Progress
 
@@ -73,3 +75,25 @@ def test_brackets_of_a_name_are_shown(capsys):
         pass
     lines = capsys.readouterr().err.splitlines()
     assert (lines[0], lines[2]) == ("serve out/run[v2] ...", "serve out/run[v2]: done before")
+
+
+def test_many_notes_in_a_moment_are_a_line_in_a_log_and_the_step_ends_with_one(capsys):
+    progress = Progress()
+    with progress.show("write"):
+        begun = time.perf_counter()
+        for number in range(1, 273):
+            progress.note(f"tensors to write: {number}/272")
+        took = time.perf_counter() - begun
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[0], lines[-1].startswith("write: ")) == ("write ...", True)
+    assert len(lines) <= 3 + took / 2.0
+
+
+def test_benchmarks_build_as_the_command_does():
+    """With `print` as their note, a log had a line for each tensor that was written."""
+    folder = Path(__file__).parents[2] / "benchmarks"
+    direct = {
+        file.name for file in folder.glob("*.py") if re.search(r"\bbuild\($|\bbuild\([^)]", file.read_text(), re.M)
+    }
+    assert direct == {"__built.py", "__build_steps.py"}
+    assert all("progress.note" in (folder / name).read_text().lower().replace("()", "") for name in direct)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from commandline import run
 from pdtrim_sglang.hook_targets import TARGETS
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.doctor import (
     CheckContext,
     Finding,
@@ -31,13 +31,6 @@ from pdtrim_deploy.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "plugins"
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    return int(ended.value.code or 0), capsys.readouterr().out
 
 
 def named(findings: list[Finding], name: str) -> Finding:
@@ -228,7 +221,7 @@ def test_where_nothing_can_be_written(
     file.write_text("")
     for option in ("--out", "--cache-dir"):
         for place in (file, file / "in" / "it"):
-            code, out = run(capsys, *job, option, place)
+            code, out, _ = run(capsys, *job, option, place)
             assert code == 1
             assert out.splitlines()[-1].startswith("build: cannot run, 1 of ")
             assert f"{file} is no folder" in out
@@ -237,7 +230,7 @@ def test_where_nothing_can_be_written(
     assert run(capsys, *job, *fresh)[0] == 0
     assert [*tmp_path.iterdir()] == [file]
     monkeypatch.setattr("pdtrim_deploy.doctor.places.os.access", lambda place, _: place != tmp_path)
-    code, out = run(capsys, *job, *fresh)
+    code, out, _ = run(capsys, *job, *fresh)
     assert (code, out.count(f"{tmp_path} cannot be written to")) == (1, 2)
     assert run(capsys, "doctor", "--for", "serve", *fresh)[1].count("cannot be written") == 0
 
@@ -307,13 +300,13 @@ def test_every_lack_has_a_mend_and_the_exit_code_follows(
     findings = list(examine(CheckContext(serve_python=serve_python), "demo"))
     assert all(finding.mend for finding in findings if finding.status != "ok")
     assert first_failures(findings, "serve")
-    code, out = run(capsys, "doctor", "--serve-python", serve_python, "--json")
+    code, out, _ = run(capsys, "doctor", "--serve-python", serve_python, "--json")
     report = json.loads(out)
     assert (code, report["job"], report["can_run"]) == (1, "demo", False)
     assert {line["status"] for line in report["findings"]} >= {"ok", "missing", "wrong version"}
-    code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "build")
+    code, out, _ = run(capsys, "doctor", "--serve-python", serve_python, "--for", "build")
     assert (code, out.splitlines()[-1]) == (0, "build: can run")
-    code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "serve")
+    code, out, _ = run(capsys, "doctor", "--serve-python", serve_python, "--for", "serve")
     assert code == 1
     assert out.splitlines()[-1].startswith("serve: cannot run, ")
 
@@ -355,7 +348,7 @@ def test_a_model_that_is_not_there_is_missing(
     (line,) = Weights().look(CheckContext(recipe=Recipe.load(recipe)))
     assert (line.name, line.status) == ("model", "missing")
     assert words in line.detail
-    code, out = run(capsys, "doctor", recipe, "--for", "build", "--out", tmp_path / "b")
+    code, out, _ = run(capsys, "doctor", recipe, "--for", "build", "--out", tmp_path / "b")
     assert (code, out.splitlines()[-1].partition(",")[0]) == (1, "build: cannot run")
 
 

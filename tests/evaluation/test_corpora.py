@@ -120,6 +120,24 @@ def test_own_text(tmp_path, cache):
     assert all(parts.split(split) for split in SPLITS)
 
 
+def test_copies_of_a_file_fall_into_the_same_split(tmp_path, cache):
+    for n in range(20):
+        for name in (f"{n}.txt", f"copy-of-{n}.txt"):
+            (tmp_path / name).write_text(f"text {n} or {n % 7}")
+    corpus = load(f"dir:{tmp_path}", cache)
+    assert len(corpus.documents) == 40
+    held = [{document.text for document in corpus.split(split)} for split in SPLITS]
+    assert [len(texts) for texts in held] == [8, 4, 8]
+    assert sum(map(len, held)) == len(set().union(*held)), "a text of one split is in no other"
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path, cache):
+    for n in range(3):
+        (tmp_path / f"{n}.txt").write_bytes(b"\xef\xbb\xbf" + f"Text {n}.".encode())
+    for source in (f"dir:{tmp_path}", f"file:{tmp_path / '0.txt'}"):
+        assert load(source, cache).documents[0].text == "Text 0."
+
+
 def test_bad_own_text(tmp_path, cache):
     with pytest.raises(UserError, match="no such folder"):
         load(f"dir:{tmp_path / 'none'}", cache)

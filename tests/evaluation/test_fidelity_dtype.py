@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commandline import run
 from tinytext import write_words
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.doctor import resources
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.fidelity.cases import Group
@@ -59,13 +59,6 @@ def pair(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdtrim_deploy.evaluation.fidelity.check.ask", answers)
 
 
-def run(capsys: pytest.CaptureFixture[str], bundle: Bundle, *more: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(["fidelity", str(bundle.path), URL, *more])
-    return int(ended.value.code or 0), *capsys.readouterr()
-
-
 @pytest.mark.usefixtures("pair")
 def test_in_float32_the_oracle_rounds_nothing_of_its_own(
     bundle: Bundle, cache: Cache, capsys: pytest.CaptureFixture[str]
@@ -73,7 +66,18 @@ def test_in_float32_the_oracle_rounds_nothing_of_its_own(
     """Beside a pair that computes as the oracle does by default, there is no difference; in float32, the pair's."""
     errors = {}
     for dtype, options in (("bfloat16", ()), ("float32", ("--compute-dtype", "float32"))):
-        _, out, _ = run(capsys, bundle, "--new-tokens", "2", "--json", "--cache-dir", str(cache.root), *options)
+        _, out, _ = run(
+            capsys,
+            "fidelity",
+            bundle.path,
+            URL,
+            "--new-tokens",
+            "2",
+            "--json",
+            "--cache-dir",
+            str(cache.root),
+            *options,
+        )
         result = json.loads(out)
         assert (result["computed_in"], result["device"], result["noise"]) == (dtype, "cpu", 2.0**-9)
         assert json.loads((bundle.reports_dir / "fidelity.json").read_text()) == result
@@ -93,10 +97,9 @@ def test_the_memory_of_the_dtype_is_asked_for(
     monkeypatch.setattr("pdtrim_deploy.evaluation.quality.judge_bundle", lambda *_: sys.exit(7))
     for command in (("fidelity", str(bundle.path), URL), ("eval", str(bundle.path))):
         for dtype, code in (("bfloat16", 7), ("float32", 2)):
-            with pytest.raises(SystemExit) as ended:
-                main([*command, "--compute-dtype", dtype])
-            assert ended.value.code == code
-            assert ("memory to eval" in capsys.readouterr().err) == (code == 2)
+            ended, _, err = run(capsys, *command, "--compute-dtype", dtype)
+            assert ended == code
+            assert ("memory to eval" in err) == (code == 2)
 
 
 @pytest.mark.parametrize("features", [frozenset(), frozenset({"avx512_bf16"})])
@@ -104,17 +107,17 @@ def test_by_default_it_is_what_the_pair_computes_in(
     features: frozenset[str], bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "cpu_features", lambda: features)
-    code, out, _ = run(capsys, bundle, "--dry-run", "--json")
+    code, out, _ = run(capsys, "fidelity", bundle.path, URL, "--dry-run", "--json")
     assert (code, json.loads(out)["computed_in"]) == (0, "bfloat16" if features else "float32")
-    code, out, _ = run(capsys, bundle, "--dry-run", "--json", "--compute-dtype", "bfloat16")
+    code, out, _ = run(capsys, "fidelity", bundle.path, URL, "--dry-run", "--json", "--compute-dtype", "bfloat16")
     assert (code, json.loads(out)["computed_in"]) == (0, "bfloat16")
 
 
 def test_a_dtype_that_rounds_otherwise_is_refused(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, bundle, "--dry-run", "--compute-dtype", "float16")
+    code, out, err = run(capsys, "fidelity", bundle.path, URL, "--dry-run", "--compute-dtype", "float16")
     assert (code, out) == (2, "")
     assert err == (
         "pdtrim-deploy: --compute-dtype float16: the bundle's pair computes in bfloat16, and an oracle in float16 "
         "rounds otherwise; give bfloat16 or float32\n"
     )
-    assert run(capsys, bundle, "--dry-run", "--compute-dtype", "int8")[0] == 2
+    assert run(capsys, "fidelity", bundle.path, URL, "--dry-run", "--compute-dtype", "int8")[0] == 2

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from unlikestages import unlike_plan, write_stages
+
 from pdtrim_deploy.models import open_checkpoint
-from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving import Engine
 
@@ -61,16 +62,13 @@ class Stages:
 def tiny_stages(model: Path, folder: Path, cache, path: ServedPath, n_last: int) -> Stages:
     """Prefill loses a block, decode two. Layers send unlike numbers of rows, or all of them in unlike dtypes."""
     checkpoint = open_checkpoint(model, cache)
-    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
     if path.cut:
         sparse = KVSend(mode="sparse", n_first=4, n_last=n_last)
         kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
     else:
         kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "native", "fp8", "native" if n_last % 2 else "int8"))
-    shape = checkpoint.shape("float32").with_pool(path.pool_dtype)
-    plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=kv)
-    for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    plan = unlike_plan(checkpoint, kv, path.pool_dtype)
+    write_stages(checkpoint, folder, plan)
     if not path.engine:
         return Stages(folder, plan, None)
     from pdtrim_builders import build_target

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from slowworker import scheduler, slowed
+from unlikestages import unlike_plan, write_stages
 
 from pdtrim_deploy.evaluation.fidelity import judge
 from pdtrim_deploy.evaluation.fidelity.cases import Group
@@ -22,8 +23,7 @@ from pdtrim_deploy.evaluation.fidelity.client import Served
 from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 from pdtrim_deploy.serving.metrics import scrape, total
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -55,10 +55,8 @@ def stages(request, tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     model = tiny_model(folder / "model", max_position_embeddings=2048, head_dim=32)
     checkpoint = open_checkpoint(model, cache)
-    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=request.param)
-    for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    plan = unlike_plan(checkpoint, request.param)
+    write_stages(checkpoint, folder, plan)
     return Stages(folder, plan)
 
 

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from bundle_variants import mixed, variant
+from tinyrecipe import words_recipe
 from tinytext import write_words
 
 from pdtrim_deploy.errors import ServingError
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.gpucheck.options import DP_ATTENTION, RADIX
 from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.metrics import scrape, total
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -28,18 +28,11 @@ LENGTHS = (1, 40, 97, 333)
 @pytest.fixture(scope="module")
 def bundle(tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grouped")
-    corpus = {"corpus": f"dir:{write_words(folder / 'text', files=60, words=1600)}", "sequences": 2}
+    text = write_words(folder / "text", files=60, words=1600)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
     model = tiny_model(folder / "model", "Qwen3ForCausalLM", num_hidden_layers=8, **heads)
-    data = {
-        "name": "grouped",
-        "model": {"source": f"hf:{model}"},
-        "calibration": corpus | {"length": 120},
-        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
-        "kv": {"method": "all", "n_first": 4, "n_last": 24},
-        "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
-    }
-    whole = build(Recipe.model_validate(data), folder / "bundle", cache)
+    recipe = words_recipe(model, text, {"method": "all", "n_first": 4, "n_last": 24})
+    whole = build(recipe, folder / "bundle", cache)
     return variant(whole, mixed(whole), folder / "mixed")
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 import tinyexperts
-import yaml
+from tinyrecipe import words_recipe
 from tinytext import write_words
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.models import FAMILIES
 from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -31,18 +30,8 @@ def served(text, tiny_model, serving, cache, tmp_path):
     """`served(architecture, kv, pruning)`: the bundle, what `fidelity` says of a pair, and prefill's log."""
 
     def serve(architecture, kv, pruning, worker_args=(), pool_tokens=None, **config):
-        corpus = {"corpus": f"dir:{text}", "sequences": 2}
         source = tiny_model(tmp_path / "model", architecture, **config)
-        data = {
-            "name": "family",
-            "model": {"source": f"hf:{source}"},
-            "calibration": corpus | {"length": 120},
-            "pruning": pruning,
-            "kv": kv,
-            "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
-        }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
-        bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
+        bundle = build(words_recipe(source, text, kv, pruning=pruning), tmp_path / "bundle", cache)
         sparse = any(send.mode == "sparse" for send in bundle.plan.kv)
         options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS, "extra_args": worker_args}
         options |= {"max_total_tokens": pool_tokens, "conv_dtype": bundle.plan.model.conv_dtype}

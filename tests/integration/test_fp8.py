@@ -15,13 +15,13 @@ import torch
 from bundle_variants import variant
 from safetensors.torch import load_file, save_file
 from tinyfp8 import SQUARE, write_fp8
+from tinyrecipe import words_recipe
 from tinytext import write_words
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.wire import SMALLER_THAN_FP8
-from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -39,16 +39,8 @@ def built(cache, tmp_path):
         source = tiny.save(tmp_path / "model")
         if kind:
             source = write_fp8(source, tmp_path / "source", kind, getattr(torch, dtype), SQUARE)
-        corpus = {"corpus": f"dir:{write_words(tmp_path / 'text', files=60, words=1600)}", "sequences": 2}
-        data = {
-            "name": "fp8",
-            "model": {"source": f"hf:{source}", "dtype": dtype},
-            "calibration": corpus | {"length": 120},
-            "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
-            "kv": kv,
-            "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
-        }
-        return build(Recipe.model_validate(data), tmp_path / "bundle", cache)
+        text = write_words(tmp_path / "text", files=60, words=1600)
+        return build(words_recipe(source, text, kv, dtype), tmp_path / "bundle", cache)
 
     return make
 

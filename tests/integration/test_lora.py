@@ -10,11 +10,11 @@ import httpx
 import peft
 import pytest
 import torch
+from unlikestages import SPARSE, write_stages
 
 from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Keep, KVSend, PDPlan
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
@@ -39,18 +39,10 @@ def write_adapter(model_dir, folder):
 def plan_and_folder(tiny_llama_dir, tmp_path_factory, real_cache):
     folder = tmp_path_factory.mktemp("adapted")
     checkpoint = open_checkpoint(tiny_llama_dir, real_cache)
-    sparse = KVSend(mode="sparse", n_first=4, n_last=24)
-    kv = (
-        sparse,
-        KVSend(),
-        KVSend(wire_dtype="int8"),
-        sparse.model_copy(update={"wire_dtype": "int4"}),
-        sparse,
-        KVSend(),
-    )
+    int4 = SPARSE.model_copy(update={"wire_dtype": "int4"})
+    kv = (SPARSE, KVSend(), KVSend(wire_dtype="int8"), int4, SPARSE, KVSend())
     plan = PDPlan(model=checkpoint.shape("float32"), prefill=(Keep(),) * 6, decode=(Keep(),) * 6, kv=kv)
-    for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    write_stages(checkpoint, folder, plan)
     write_adapter(tiny_llama_dir, folder / "adapter")
     return plan, folder
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from unlikestages import SPARSE, unlike_plan, write_stages
 
 from pdtrim_deploy.models import open_checkpoint
-from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.serving.metrics import scrape, total
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -27,12 +27,8 @@ NEW = 12
 def plan_and_pair(tiny_model, tmp_path_factory, real_cache, serving):
     folder = tmp_path_factory.mktemp("tiny")
     checkpoint = open_checkpoint(tiny_model(folder / "model", max_position_embeddings=2048), real_cache)
-    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
-    sparse = KVSend(mode="sparse", n_first=4, n_last=24)
-    kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
-    for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    plan = unlike_plan(checkpoint, (KVSend(), SPARSE, SPARSE.model_copy(update={"n_last": 9}), SPARSE))
+    write_stages(checkpoint, folder, plan)
     options = {"page_size": 16, "chunked_prefill_size": 64, "max_total_tokens": 4096, "threads": 1}
     with serving(folder / "prefill", folder / "decode", dtype="float32", **options) as cluster:
         yield plan, cluster

@@ -8,6 +8,7 @@ import re
 
 import httpx
 import pytest
+from tinyrecipe import words_recipe
 from tinytext import write_words
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
@@ -15,7 +16,6 @@ from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.gpucheck.options import NGRAM
 from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.metrics import scrape, total
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -28,16 +28,9 @@ EAGLE = (
 @pytest.fixture(scope="module")
 def bundle(tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drafted")
-    corpus = {"corpus": f"dir:{write_words(folder / 'text', files=60, words=1600)}", "sequences": 2}
-    data = {
-        "name": "drafted",
-        "model": {"source": f"hf:{tiny_model(folder / 'model')}"},
-        "calibration": corpus | {"length": 120},
-        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
-        "kv": {"method": "none", "wire_dtype": "int8"},
-        "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
-    }
-    return build(Recipe.model_validate(data), folder / "bundle", cache)
+    text = write_words(folder / "text", files=60, words=1600)
+    recipe = words_recipe(tiny_model(folder / "model"), text, {"method": "none", "wire_dtype": "int8"})
+    return build(recipe, folder / "bundle", cache)
 
 
 def test_drafts_from_the_text_change_nothing(bundle, serving, cache):

@@ -5,11 +5,11 @@ The model is a tiny one; SmolLM2 is served in test_served_pair.py.
 
 import json
 
+import commandline
 import httpx
 import pytest
 from terminal import CTRL_C, Terminal
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.cli.interrupt import RESUME
 from pdtrim_deploy.manifests.dashboard import names
 from pdtrim_deploy.serving.ports import free_ports
@@ -26,11 +26,8 @@ pytestmark = [
 
 def run(capsys, *args):
     """The command's JSON."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert not ended.value.code, err
+    code, out, err = commandline.run(capsys, *args)
+    assert not code, err
     return json.loads(out)
 
 

@@ -1,5 +1,6 @@
 """Run by test_gpu.py under TRITON_INTERPRET=1: the Triton form against torch's, bit for bit."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +201,30 @@ def test_a_slot_outside_its_pool_is_neither_read_nor_written(wire, slot):
     changed = (whole != before).flatten(1).any(1).nonzero().flatten().tolist()
     assert set(changed) <= {8 + 5, 8 + 2}
     assert wire == "native" or changed
+
+
+def test_a_slot_outside_its_pool_is_told_to_the_thread_that_queued_the_chunk_and_to_no_other():
+    pool, layout = torch.randn(8, 2, 32), chunk_layout(PDPlan.dense(shape(1, 2, 32)), 3)
+    packed, raised = torch.empty(layout.total_bytes, dtype=torch.uint8), []
+    queued, looked = threading.Event(), threading.Event()
+
+    def wrong():
+        gpu.move(layout, packed, [pool], [pool], torch.tensor([5, 8, 2]), pack=True)
+        queued.set()
+        looked.wait(60)
+        try:
+            gpu.check(CPU)
+        except IndexError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=wrong)
+    thread.start()
+    assert queued.wait(60)
+    gpu.move(layout, packed.clone(), [pool], [pool], torch.tensor([5, 7, 2]), pack=True)
+    gpu.check(CPU)
+    looked.set()
+    thread.join()
+    assert raised == ["a slot of a prompt lay outside its pool; its rows were not moved"]
 
 
 class Operations(TorchDispatchMode):

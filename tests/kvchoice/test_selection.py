@@ -7,12 +7,13 @@ from tinypd import BLOCKS, VOCABULARY, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvchoice import SELECTIONS, Cut, Problem, get_selection
+from pdtrim_deploy.kvchoice import attention_mass as attention_masses
 from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 from pdtrim_deploy.kvchoice.by_attention import ByAttention
 from pdtrim_deploy.kvchoice.by_harm import ByMeasuredHarm
 from pdtrim_deploy.kvchoice.fixed import AtRandom
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
+from pdtrim_deploy.recipe.kv import KVSection
 
 SPARSE = KVSend(mode="sparse", n_first=1, n_last=2)
 CUT = Cut(KVSend(), SPARSE)
@@ -82,6 +83,20 @@ def test_simlayerkv_reads_the_prompt_alone():
     assert mass.scores(problem, quiet) != mass.scores(other, quiet)
 
 
+@pytest.mark.parametrize(("prompt", "looking"), [(PROMPT, PROMPT // 2), (100, 32)])
+def test_simlayerkv_looks_from_the_prompts_last_32_tokens(monkeypatch, prompt, looking):
+    """Of a short prompt from its second half; the last token of the prompt among them."""
+    oracle, ids = make_oracle(tiny("Qwen3"), make_plan(decode=(3,))), text(2, prompt + 4)
+    shapes, watch = [], attention_masses.watch_attention
+
+    def watched(model, see):
+        return watch(model, lambda layer, weights: shapes.append(weights.shape[2:]) or see(layer, weights))
+
+    monkeypatch.setattr(attention_masses, "watch_attention", watched)
+    ByAttention(CUT, "prompt", sparse_layers=1).scores(Problem(oracle, ids, prompt), quiet)
+    assert set(shapes) == {(looking, prompt)}
+
+
 def test_random_layers_depend_on_the_seed_alone():
     choices = {AtRandom(CUT, 2).choose(make_problem(seed=seed), quiet) for seed in range(8)}
     assert len(choices) > 1
@@ -127,10 +142,6 @@ def test_attention_that_is_not_numbers_ranks_no_layers(method):
     problem.oracle.decode_model.model.layers[1].self_attn.k_proj.weight.data[0] = torch.nan
     with pytest.raises(UserError, match="attention is not numbers"):
         get_selection(section(method)).choose(problem, quiet)
-
-
-def test_the_recipe_knows_every_method():
-    assert set(KV_METHODS) == set(SELECTIONS)
 
 
 def test_kvcache_imports_no_transformers():

@@ -143,6 +143,21 @@ def test_a_closed_loop_ends_with_its_duration() -> None:
     assert in_time, (result.requests, result.duration_s)
 
 
+@pytest.mark.parametrize("arrivals", [Arrivals(clients=2), Arrivals(kind="constant", rate=10.0)])
+def test_no_turn_of_a_conversation_is_sent_after_the_duration(arrivals: Arrivals) -> None:
+    """A conversation of 20 turns would go on for 2 s."""
+    spec = SPEC.changed(arrivals=arrivals, conversations=Conversations(turns=20), requests=None, warmup=0)
+    behaviour = Behaviour(ttft=0.1, itl=0.0)
+    with serve(behaviour) as url:
+        started = time.perf_counter()
+        run = driver("builtin")(url, spec.changed(duration_s=0.5))
+    took = time.perf_counter() - started
+    assert {outcome.failure for outcome in run.outcomes} == {None}
+    assert max(outcome.turn for outcome in run.outcomes) <= 5, "turns of 0.1 s each, sent within 0.5 s"
+    assert 0.5 <= run.duration_s <= took, "until the last answer"
+    assert len(behaviour.bodies) == len(run.outcomes)
+
+
 def outcome(ttft: float, itl: float, late: float = 0.0) -> Outcome:
     return Outcome(ttft=ttft, itl=(itl, itl), e2e=ttft + 2 * itl, prompt_tokens=4, output_tokens=3, late=late)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from commandline import run
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local import compute
 from pdtrim_deploy.local.compute import ON_CPU, Compute
@@ -47,10 +47,9 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(
 ) -> None:
     monkeypatch.setattr(compute, "_cuda_devices", lambda: 0)
     assert Compute.parse("auto") == ON_CPU
-    with pytest.raises(SystemExit) as ended:
-        main(["inspect", "hf:/nowhere", "--device", "cuda"])
-    assert ended.value.code == 2
-    assert "torch sees no GPU here, not GPU 0; give --device auto or cpu" in capsys.readouterr().err
+    code, _, err = run(capsys, "inspect", "hf:/nowhere", "--device", "cuda")
+    assert code == 2
+    assert "torch sees no GPU here, not GPU 0; give --device auto or cpu" in err
 
 
 def test_blocks_are_spread_in_order_as_evenly_as_can_be() -> None:

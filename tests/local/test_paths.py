@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commandline import run
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded, resolved
 
@@ -79,10 +79,8 @@ def test_commands(
 
 
 def refused(capsys, command: str, says: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(command.split())
-    printed = capsys.readouterr()
-    last = printed.err.splitlines()[-1]
-    assert ended.value.code == 2, printed.err
+    code, _, err = run(capsys, *command.split())
+    assert code == 2, err
+    last = err.splitlines()[-1]
     assert says in last
     assert last.startswith("pdtrim-deploy: ")

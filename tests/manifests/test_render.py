@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commandline import run
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes, yaml_text
@@ -150,8 +151,9 @@ def test_pods_are_confined_and_ports_are_named() -> None:
             continue
         pod, inside = workload["spec"]["template"]["spec"], container(workload)
         assert pod["securityContext"]["runAsNonRoot"]
+        assert not inside["securityContext"]["allowPrivilegeEscalation"]
         assert inside["securityContext"]["readOnlyRootFilesystem"]
-        assert inside["securityContext"]["capabilities"]["drop"] == ["ALL"]
+        assert inside["securityContext"]["capabilities"] == {"drop": ["ALL"]}, "one that is added has no effect"
         mounted, volumes = {v["name"] for v in inside["volumeMounts"]}, {v["name"] for v in pod["volumes"]}
         assert mounted == volumes
         names = {port["name"] for port in inside["ports"]}
@@ -339,7 +341,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     from types import SimpleNamespace
 
     from pdtrim_deploy.bundle import Bundle
-    from pdtrim_deploy.cli import main
     from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
     shape = ModelShape(
@@ -348,19 +349,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     )  # fmt: skip
     plan = PDPlan.dense(shape).with_kv((KVSend(mode="sparse", n_first=1), KVSend()))
     monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, plan=plan))
-
-    def run(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["deploy", "render", "my-bundle", *args])
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
+    render = ("deploy", "render", "my-bundle")
     for name, value in (("--memory", "32Gi"), ("--monitoring", "other")):
-        code, text, err = run("--to", "compose", "--bundle-from", "host:/srv/b", "--dry-run", name, value)
+        code, text, err = run(
+            capsys, *render, "--to", "compose", "--bundle-from", "host:/srv/b", "--dry-run", name, value
+        )
         assert (code, text) == (2, "")
         assert f"{name} is for Kubernetes; leave it out" in err
     out = tmp_path / "k"
-    code, text, _ = run("--prefill", "2", "--decode", "6", "--out", str(out), "--json")
+    code, text, _ = run(capsys, *render, "--prefill", "2", "--decode", "6", "--out", out, "--json")
     assert code == 0
     assert json.loads(text)["plan"] == plan.digest
     decode = next(yaml.safe_load_all((out / "decode.yaml").read_text()))
@@ -374,24 +371,24 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]
     assert {*named, "kustomization.yaml"} == {file.name for file in out.iterdir()}
     more = ("--prefill-args", "--log-level debug", "--decode-args", "--mem-fraction-static 0.8")
-    code, text, _ = run(*more, "--dry-run", "--json")
+    code, text, _ = run(capsys, *render, *more, "--dry-run", "--json")
     assert code == 0
     workers = [json.loads(text)["files"][f"{stage}.yaml"][0] for stage in STAGES]
     assert [container(worker)["command"][-2:] for worker in workers] == [
         ["--log-level", "debug"],
         ["--mem-fraction-static", "0.8"],
     ]
-    code, text, _ = run("--decode-args", "--mem-fraction-static 8e-1", "--dry-run")
+    code, text, _ = run(capsys, *render, "--decode-args", "--mem-fraction-static 8e-1", "--dry-run")
     assert code == 0
     assert "- '8e-1'\n" in text
-    code, _, err = run("--tp-decode", "3", "--out", str(tmp_path / "x"))
+    code, _, err = run(capsys, *render, "--tp-decode", "3", "--out", tmp_path / "x")
     assert code == 2
     assert err.startswith("pdtrim-deploy: --tp-decode 3: 4 KV heads can neither be divided among 3 ranks")
     assert not (tmp_path / "x").exists()
     nixl = ("--transport", "pdtrim_nixl", "--transport-option", "accept_unauthenticated=true", "--rdma", "rdma/hca")
-    code, text, _ = run(*nixl, "--dry-run")
+    code, text, _ = run(capsys, *render, *nixl, "--dry-run")
     assert code == 0
     assert text.count("- pdtrim_nixl") == 2
-    code, text, _ = run("--to", "compose", "--bundle-from", "host:/b", "--out", str(tmp_path / "c"))
+    code, text, _ = run(capsys, *render, "--to", "compose", "--bundle-from", "host:/b", "--out", tmp_path / "c")
     assert code == 0
     assert (tmp_path / "c" / "compose.yaml").exists()

@@ -65,7 +65,7 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     monkeypatch.setattr(sglang_host, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="decode"))
-    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512))
+    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512), rid_to_state={})
     request = GenerateReqInput(input_ids=[5], sampling_params={}, top_logprobs_num=0, logprob_start_len=-1)
     front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     with pytest.raises(ValueError, match="embeddings are not supported"):
@@ -91,3 +91,38 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
         )
         assert says in (front_end.refuse_completion(lambda *arguments: None, None, body) or "")
         assert front_end.refuse_completion(lambda *arguments: "its own", None, body) == "its own"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "refused"),
+    [
+        ({"bootstrap_room": 7}, {"bootstrap_room": 7}, True),
+        ({"bootstrap_room": 7}, {"bootstrap_room": 8}, False),
+        ({}, {}, False),
+        ({"bootstrap_room": 7, "bootstrap_host": "2.2.2.2"}, {"bootstrap_room": 7}, False),
+        ({"bootstrap_room": 7}, {"bootstrap_room": 7, "bootstrap_host": "2.2.2.2"}, False),
+    ],
+)
+def test_a_room_has_one_request_at_a_time_and_the_first_keeps_it(monkeypatch, earlier, later, refused):
+    """Past the router a client could name another's room: each could get the other's KV, or wait for ever."""
+    from pdtrim_sglang import sglang_host
+    from pdtrim_sglang.patches import front_end
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="prefill"))
+    manager = SimpleNamespace(
+        model_config=SimpleNamespace(vocab_size=512), rid_to_state={}, enable_trace=False, disaggregation_mode=None
+    )
+    options = {"input_ids": [5], "sampling_params": {}, "top_logprobs_num": 0, "logprob_start_len": -1}
+    first, second = (
+        GenerateReqInput(rid=rid, **options, **places) for rid, places in (("first", earlier), ("second", later))
+    )
+    for request in (first, second):
+        TokenizerManager._init_req_state(manager, request)
+    front_end.refuse_request(lambda *arguments: None, manager, first, [5])
+    if refused:
+        with pytest.raises(ValueError, match="bootstrap_room 7 is another request's, which has not ended"):
+            front_end.refuse_request(lambda *arguments: None, manager, second, [5])
+        del manager.rid_to_state["first"]  # it has its answer
+    front_end.refuse_request(lambda *arguments: None, manager, second, [5])

@@ -1,5 +1,6 @@
 """The hooks take on the pinned SGLang; one that did not is named."""
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -163,6 +164,34 @@ def test_adapters_of_the_unpruned_model_are_refused_where_layers_are_numbered_an
     vars(options).update(ENGINE)
     with pytest.raises(RuntimeError, match=sentence or "an engine's weights are its own"):
         check_options(options, POOL, plan, False)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "changes", "refused"),
+    [
+        ("keep drop keep", {"enable_lora": True}, True),
+        ("keep drop keep", {"lora_paths": ["a=b"]}, True),
+        ("keep drop keep", {}, False),
+        ("keep keep keep", {"enable_lora": True}, False),
+        ("keep drop keep", {"enable_lora": True, "disaggregation_mode": "prefill"}, False),  # refused with its options
+    ],
+)
+def test_adapters_of_the_unpruned_model_are_refused_of_one_model_for_both_stages(
+    registry, tmp_path, blocks, changes, refused
+):
+    """Its worker has no KV manager, where a pair's options are checked."""
+    from pdtrim_sglang import hook_targets
+    from pdtrim_sglang.patches import loading
+
+    plan = cut(blocks).with_parts(unified=True)
+    (tmp_path / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
+    runner = SimpleNamespace(
+        server_args=SimpleNamespace(**PLAIN | {"disaggregation_mode": "null"} | changes),
+        model_config=SimpleNamespace(model_path=str(tmp_path)),
+    )
+    with pytest.raises(RuntimeError, match=r"blocks of prefill \(1\), so an adapter") if refused else nullcontext():
+        loading.check_adapters(None, runner)
+    assert any(hook is loading.check_adapters for _, hook, _ in registry._hooks[hook_targets.LOADED])
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])

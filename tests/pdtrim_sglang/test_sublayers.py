@@ -171,6 +171,6 @@ def test_sglang_is_hooked_between_its_layers_and_its_pool():
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    taken, _ = HookRegistry._hooks[hook_targets.LOADED]
+    taken, _, _ = HookRegistry._hooks[hook_targets.LOADED]
     assert taken[1] is loading.count_kv_layers
     assert hook_targets.LOADED in hook_targets.TARGETS

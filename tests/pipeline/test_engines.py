@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commandline import run
 
 from pdtrim_deploy.bundle import Bundle, seal
 from pdtrim_deploy.cli import main
@@ -295,26 +296,20 @@ def test_the_command(real: tuple[Path, int, Path], cache: Cache, capsys: pytest.
     assert engine.numerics.hidden_error < 5e-5
     assert (engine.peak_memory or 0) > 100e6
     assert bundle.engine_files("engines/onnx/prefill").keys() == {*engine.files, "engine.json"}
-    with pytest.raises(SystemExit) as ended:
-        main(["build", str(path), "--out", str(out), "--cache-dir", str(cache.root), "--json"])
-    output = capsys.readouterr()
-    assert ended.value.code == 1
-    assert output.err.splitlines()[-1].startswith("pdtrim-deploy: target tensorrt: Python package tensorrt is not inst")
-    assert json.loads(output.out)["failures"].keys() == {"tensorrt"}
+    code, printed, err = run(capsys, "build", path, "--out", out, "--cache-dir", cache.root, "--json")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("pdtrim-deploy: target tensorrt: Python package tensorrt is not inst")
+    assert json.loads(printed)["failures"].keys() == {"tensorrt"}
 
 
 def test_inspect_shows_each_engine(real: tuple[Path, int, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["inspect", str(real[0]), "--json"])
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(run(capsys, "inspect", real[0], "--json")[1])
     assert list(report["engines"]) == folders("onnx", "tensorrt-llm")
     first = report["engines"]["engines/onnx/prefill"]
     assert (first["state"], first["run"]) == ("run", "onnxruntime, CPU, in the numerics check")
     sealed = Bundle.open(real[0]).manifest.files["engines/onnx/prefill/model.onnx"]
     assert first["files"]["model.onnx"] == {"size": sealed.size, "sha256": sealed.sha256}
-    with pytest.raises(SystemExit):
-        main(["inspect", str(real[0])])
-    text = capsys.readouterr().out
+    _, text, _ = run(capsys, "inspect", real[0])
     for part in ("onnx prefill", "6 A, 6 S", "tensorrt-llm decode", "built", "not built: target tensorrt: Python"):
         assert part in text
 
@@ -330,7 +325,6 @@ def test_verify_reads_engines_too(
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(SystemExit) as ended:
-        main(["verify", str(copy)])
-    assert ended.value.code == 1
-    assert "engines/onnx/decode/model.onnx has SHA-256" in capsys.readouterr().out
+    code, printed, _ = run(capsys, "verify", copy)
+    assert code == 1
+    assert "engines/onnx/decode/model.onnx has SHA-256" in printed

@@ -8,8 +8,8 @@ import pytest
 import tinyexperts
 import torch
 import yaml
+from commandline import run
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.models.loading import load_model
@@ -63,9 +63,7 @@ def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache, cap
     cards = [(bundle.path / stage / "README.md").read_text() for stage in STAGES]
     assert "Experts of each block: 6 of 8, chosen by `reap`, numbered from 0 again" in cards[0]
     assert "Experts of each block: 4 of 8" in cards[1]
-    with pytest.raises(SystemExit):
-        main(["inspect", str(bundle.path)])
-    shown = capsys.readouterr().out
+    _, shown, _ = run(capsys, "inspect", bundle.path)
     assert "6 of 8 in prefill" in shown
     assert "4 of 8 in decode" in shown
     assert "Experts of each block: 6 of 8 in prefill" in page(Findings.of(bundle), "report")

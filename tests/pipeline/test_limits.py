@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commandline import run
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.limits import fit_judging
 from pdtrim_deploy.local.compute import Compute
@@ -251,19 +251,16 @@ def test_judging_and_inspecting_choose_blocks_too(tiny_model: Callable[..., Path
 def test_bad_sizes_are_one_sentence(
     more: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(ROOT / "recipes" / "llama-3.1-8b-pruned.yaml")
-    with pytest.raises(SystemExit) as ended:
-        main(["build", recipe, "--out", str(tmp_path / "b"), *more])
-    assert ended.value.code == 2
-    assert sentence in capsys.readouterr().err
+    code, _, err = run(capsys, "build", ROOT / "recipes" / "llama-3.1-8b-pruned.yaml", "--out", tmp_path / "b", *more)
+    assert code == 2
+    assert sentence in err
     assert not (tmp_path / "b").exists()
 
 
 def test_a_dry_run_prices_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(ROOT / "recipes" / "llama-3.1-8b-pruned.yaml")
-    with pytest.raises(SystemExit):
-        main(["build", recipe, "--out", str(tmp_path / "b"), "--dry-run", "--memory", "24GB"])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    recipe = ROOT / "recipes" / "llama-3.1-8b-pruned.yaml"
+    _, out, _ = run(capsys, "build", recipe, "--out", tmp_path / "b", "--dry-run", "--memory", "24GB")
+    printed = [line for line in out.splitlines() if line.startswith("  ")]
     lines = {line.split()[0]: line for line in reversed(printed)}  # the first of each name: sizes stand behind steps
     for step in ("source", "prune", "select-kv", "prefill", "decode", "seal"):
         assert "GB of memory" in lines[step]

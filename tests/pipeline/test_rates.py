@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from commandline import run
 from pretended_devices import PretendedDevices
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.local import compute
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.footprint import Peak
@@ -33,13 +33,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     monkeypatch.setattr(rates, "_product_rate", lambda *product: (products.append(product), RATE)[1])
     monkeypatch.setattr(rates, "_hash_rate", lambda: 1e9)
     return products
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    return int(ended.value.code or 0), capsys.readouterr().out
 
 
 def test_a_step_s_seconds_are_its_operations_at_the_rate_and_its_files() -> None:
@@ -72,7 +65,7 @@ def test_the_doctor_and_a_dry_run_say_the_same(
     """Of models that are not here too, from the config that is shipped."""
     recipe, common = RECIPES / f"{name}.yaml", ("--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
     doctor = run(capsys, "doctor", recipe, "--for", "build", *common)[1]
-    code, dry = run(capsys, "build", recipe, "--dry-run", *common)
+    code, dry, _ = run(capsys, "build", recipe, "--dry-run", *common)
     assert code == 0
     by_doctor = dict(re.findall(r"step (\S+) +(about [\d.]+ \w+|time not known), ", doctor))
     assert dict(re.findall(r"^  (\S+) +to do  (about [\d.]+ \w+|time not known), ", dry, re.MULTILINE)) == by_doctor
@@ -102,14 +95,14 @@ def test_where_the_gpu_is_not_here_no_time_of_operations_is_estimated(
 ) -> None:
     monkeypatch.setattr(compute, "_cuda_devices", lambda: 1)
     recipe, common = RECIPES / "llama-3.1-8b-pruned.yaml", ("--out", tmp_path / "b", "--device", "cuda:1")
-    code, dry = run(capsys, "build", recipe, "--dry-run", *common)
+    code, dry, _ = run(capsys, "build", recipe, "--dry-run", *common)
     assert code == 0
     lack = "torch sees GPU 0 alone here, not GPU 1; run this on the machine with that GPU"
     assert f"time of operations is not known here: {lack}\n" in dry
     assert re.search(r"seal +to do  about ", dry)
     assert re.search(r"prune +to do  time not known, .* GB on devices", dry)
     assert "a time that is not known here" in dry
-    code, doctor = run(capsys, "doctor", recipe, "--for", "build", *common)
+    code, doctor, _ = run(capsys, "doctor", recipe, "--for", "build", *common)
     assert code == 1
     assert re.search(r"missing +--device +torch sees GPU 0 alone here, not GPU 1\n.*give --device auto or cpu", doctor)
     assert "time of operations is not known here" in doctor

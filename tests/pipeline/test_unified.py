@@ -12,10 +12,10 @@ import pytest
 import tinyexperts
 import torch
 import yaml
+from commandline import run
 from tinyfamilies import taking
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.quality import judge_bundle
@@ -214,7 +214,6 @@ def test_commands_about_two_stages_refuse_it(
     bundle = build(recipe_of(), tmp_path / "b", cache)
     shutil.copytree(bundle.path, tmp_path / "c")
     places = {"RECIPE": tmp_path / "recipe.yaml", "BUNDLE": bundle.path, "BUNDLE2": tmp_path / "c"}
-    with pytest.raises(SystemExit) as ended:
-        main([str(places.get(word, word)) for word in words])
-    assert ended.value.code == 2
-    assert says in " ".join(capsys.readouterr().err.split())
+    code, _, err = run(capsys, *(places.get(word, word) for word in words))
+    assert code == 2
+    assert says in " ".join(err.split())

@@ -8,13 +8,18 @@ from stagepairs import kl, pair_of
 from tinypd import BLOCKS, FAMILIES, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.corpora.mixture import in_turn
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.plan import Distilled, Drop, Keep, PDPlan
 from pdtrim_deploy.pruning.compensation import COMPENSATIONS, get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
+from pdtrim_deploy.pruning.compensation.least_squares import LeastSquares
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
+from pdtrim_deploy.pruning.refit_judge import RefitJudge
+from pdtrim_deploy.pruning.solution import NOTHING, Solution
+from pdtrim_deploy.recipe.calibration import DEFAULT_MIXTURE
 from pdtrim_deploy.recipe.healing import COMPENSATION_METHODS
 
 QUIET = lambda _: None  # noqa: E731
@@ -150,9 +155,29 @@ def test_each_half_is_judged_by_what_the_other_fitted(method, stage):
     model, ids, mend = tiny("Llama"), text(9, 24), get_compensation(method)
     pair, loss = pair_of(model), prefill_loss if stage == "prefill" else pd_loss
     result = held_out(mend, pair, stage, ids)
-    even, odd = ids[0::2], ids[1::2]
-    sums = 5 * loss(mend.compensate(pair, stage, odd, QUIET), even)
-    sums += 4 * loss(mend.compensate(pair, stage, even, QUIET), odd)
+    first, second = ids[:5], ids[5:]
+    sums = 5 * loss(mend.compensate(pair, stage, second, QUIET), first)
+    sums += 4 * loss(mend.compensate(pair, stage, first, QUIET), second)
     assert result.after == pytest.approx(sums / 9, abs=1e-5)
-    assert result.before == pytest.approx((5 * loss(pair, even) + 4 * loss(pair, odd)) / 9, abs=1e-5)
+    assert result.before == pytest.approx((5 * loss(pair, first) + 4 * loss(pair, second)) / 9, abs=1e-5)
     assert result.kept == (result.after < result.before)
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (1, 1, 1, 1), tuple(part.share for part in DEFAULT_MIXTURE)])
+@pytest.mark.parametrize("sequences", [40, 41])
+def test_both_halves_hold_every_corpus_of_a_mixture_in_its_share(shares, sequences, monkeypatch):
+    """Corpora take turns: every second sequence could be of one corpus alone."""
+    model, corpora, fitted = tiny("Llama"), torch.tensor(in_turn(shares, sequences)), []
+    ids = corpora[:, None].expand(-1, 16)  # a token for each corpus
+
+    def fit(_, pairs, stage, ids, progress):
+        fitted.append(ids[:, 0])
+        return list(pairs)
+
+    monkeypatch.setattr(LeastSquares, "compensate_all", fit)
+    held_out(LeastSquares(), pair_of(model), "prefill", ids)
+    list(RefitJudge(model, make_plan().model, ids, "least-squares")("prefill", NOTHING, [Solution.of((1,))]))
+    assert len(fitted) == 4
+    for half in fitted:
+        for corpus, share in enumerate(shares):
+            assert abs(int((half == corpus).sum()) - len(half) * share / sum(shares)) <= 1

@@ -7,6 +7,7 @@ What is wrong with a worker of stage S says the line `S: fault` of faults.txt in
 
 import http.server
 import json
+import socket
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             print("RuntimeError: layer count 4 is not 6", flush=True)
             import os
 
+            self.connection.shutdown(socket.SHUT_RDWR)  # first; the process ends a while after
+            time.sleep(1)
             os._exit(7)
         if fault == "refuses" or (fault == "late" and requests < 3):
             self.answer(503, {"error": "no plan in common"})

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from commandline import run
 
 from pdtrim_deploy.bundle import Bundle, Manifest
 from pdtrim_deploy.bundle.engine import TargetResult
-from pdtrim_deploy.cli import main, options
+from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.serving import ClusterSpec, Engine, Executors, WorkerOptions, commands
@@ -106,10 +107,9 @@ def test_the_options_name_one_executor_or_one_a_stage(arguments, chosen):
     ],
 )
 def test_an_unknown_executor_and_one_for_a_running_pair_are_code_2(executor, sentence, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["loadtest", "http://127.0.0.1:1", "--executor", executor])
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
+    code, _, err = run(capsys, "loadtest", "http://127.0.0.1:1", "--executor", executor)
+    assert code == 2
+    assert sentence in err
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])

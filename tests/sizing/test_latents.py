@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import run
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.models.weights import ModelSizes, _mlp
 
 LITE: dict[str, Any] = {
@@ -37,13 +37,6 @@ FLASH = V3 | {
 }  # fmt: skip
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", *(str(arg) for arg in args)])
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
 @pytest.mark.parametrize(("config", "layers"), [(LITE, 27), (V3, 61), (K2, 61), (FLASH, 47)])
 def test_a_published_config_is_priced_by_its_latents(config, layers, capsys, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -52,7 +45,7 @@ def test_a_published_config_is_priced_by_its_latents(config, layers, capsys, tmp
         "kv: {method: none, wire_dtype: int4, key_offsets: false}\n"
     )
     args = (tmp_path / "mine.yaml", "--config", tmp_path / "config.json", "--isl", 4096, "--link", "100Gbps")
-    code, out, err = run(capsys, *args, "--json")
+    code, out, err = run(capsys, "plan", *args, "--json")
     assert (code, err) == (0, "")
     (priced,) = json.loads(out)["prices"]
     assert priced["shape"]["head_dim"] == 512
@@ -61,7 +54,7 @@ def test_a_published_config_is_priced_by_its_latents(config, layers, capsys, tmp
     assert priced["dense_fp8"]["request_bytes"] == 4096 * layers * 576
     assert priced["planned"]["request_bytes"] == layers * (4096 * 340 + 1024 - 272)
     assert (round(priced["reduction"], 2), round(priced["reduction_fp8"], 2)) == (3.39, 1.69)
-    code, out, _ = run(capsys, *args)
+    code, out, _ = run(capsys, "plan", *args)
     assert "a latent of 512 numbers and a rope key of 64, the same on every rank" in out
 
 
@@ -87,6 +80,6 @@ def test_weights_are_as_many_as_published(config: dict[str, Any], total: float, 
 def test_what_latents_do_not_take_is_refused(kv, words, capsys, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LITE))
     (tmp_path / "mine.yaml").write_text(f"name: mine\nmodel: {{source: 'hf:x', dtype: bfloat16}}\nkv: {kv}\n")
-    code, out, err = run(capsys, tmp_path / "mine.yaml", "--config", tmp_path / "config.json")
+    code, out, err = run(capsys, "plan", tmp_path / "mine.yaml", "--config", tmp_path / "config.json")
     assert (code, out) == (2, "")
     assert words in err

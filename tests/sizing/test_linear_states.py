@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import run
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.models.weights import ModelSizes
 
 NEXT: dict[str, Any] = {
@@ -29,10 +29,7 @@ def plan(
 ) -> tuple[int, str, str]:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.yaml").write_text(recipe)
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(folder / "mine.yaml"), "--config", str(folder / "config.json"), "--isl", "4096", *args])
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
+    return run(capsys, "plan", folder / "mine.yaml", "--config", folder / "config.json", "--isl", 4096, *args)
 
 
 @pytest.mark.parametrize("change", [{}, {"full_attention_interval": None}, {"layer_types": KINDS}])

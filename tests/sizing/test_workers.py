@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commandline import run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures
 from pdtrim_deploy.loadtest.scenario import Lengths
@@ -203,9 +203,9 @@ def test_results_that_failed_are_refused_and_a_busy_client_is_told(
     client = MEASURED["a"].client.model_copy(update={"bottleneck": "the client was a bottleneck: slow"})
     (tmp_path / "a.json").write_text(MEASURED["a"].model_copy(update={"client": client}).model_dump_json())
     arguments = ["llama-3.1-8b", "--rates", tmp_path / "a.json", "--rate", 1, "--slo-ttft", "9s", "--slo-itl", "1s"]
-    _, out, _ = run(capsys, *arguments)
+    _, out, _ = run(capsys, "plan", *arguments)
     assert f"doubtful: {tmp_path / 'a.json'}: the client was a bottleneck: slow" in out
-    _, out, _ = run(capsys, *arguments, "--json")
+    _, out, _ = run(capsys, "plan", *arguments, "--json")
     assert json.loads(out)["workers"]["rates"]["doubts"] == [
         f"{tmp_path / 'a.json'}: the client was a bottleneck: slow"
     ]
@@ -255,36 +255,31 @@ def test_a_file_of_rates_that_is_wrong_is_named(tmp_path: Path, text: str, messa
     assert message in str(error.value)
 
 
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", *(str(arg) for arg in args)])
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
 def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "rates.yaml"
     file.write_text("prefill_tokens_per_s: 20000\ndecode_step_ms: {1: 8, 64: 14}\n")
     arguments = ["llama-3.1-8b", "--rates", file, "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "20ms", "--isl", "1000"]
-    code, out, _ = run(capsys, *arguments, "--simulate", "--requests", 500)
+    code, out, _ = run(capsys, "plan", *arguments, "--simulate", "--requests", 500)
     assert code == 0
     assert "simulated, not measured: 500 requests" in out
-    code, out, _ = run(capsys, *arguments, "--rate", 1e300, "--simulate", "--requests", 500)  # no workers carry that
+    code, out, _ = run(
+        capsys, "plan", *arguments, "--rate", 1e300, "--simulate", "--requests", 500
+    )  # no workers carry that
     assert (code, out.count("simulated, not measured")) == (0, 0)
     assert "assumed: Poisson arrivals" in out
     assert "8192 prompt tokens a batch, 256 requests a decode batch, a decode pool without limit" in out
-    code, out, _ = run(capsys, *arguments, "--json")
+    code, out, _ = run(capsys, "plan", *arguments, "--json")
     counted = json.loads(out)["workers"]
     (side,) = counted["sides"].values()
     assert side["sizing"]["prefill_workers"] >= 1
     assert side["simulated"] is None
     assert counted["slo"] == {"ttft_s": 1.0, "itl_s": 0.02, "share": 0.95}
-    assert run(capsys, *arguments, "--isl", 40_000, "--rate", 1e308, "--link-each")[0] == 0
-    code, out, err = run(capsys, *arguments, "--rate", 1e7, "--link-each", "--simulate")
+    assert run(capsys, "plan", *arguments, "--isl", 40_000, "--rate", 1e308, "--link-each")[0] == 0
+    code, out, err = run(capsys, "plan", *arguments, "--rate", 1e7, "--link-each", "--simulate")
     assert (code, out) == (2, "")
     assert "workers are too many to simulate; leave --simulate out" in err
     # Rates of a plan without a block less are the unpruned model's.
-    code, out, _ = run(capsys, *arguments, "--json", "--rates-of", "planned")
+    code, out, _ = run(capsys, "plan", *arguments, "--json", "--rates-of", "planned")
     assert json.loads(out)["workers"] == counted
 
 
@@ -307,6 +302,8 @@ def test_half_a_question_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[object], message: str
 ) -> None:
     (tmp_path / "r.yaml").write_text("prefill_tokens_per_s: 20000\ndecode_step_ms: {1: 8, 64: 14}\n")
-    code, out, err = run(capsys, "llama-3.1-8b", *(tmp_path / "r.yaml" if word == "FILE" else word for word in args))
+    code, out, err = run(
+        capsys, "plan", "llama-3.1-8b", *(tmp_path / "r.yaml" if word == "FILE" else word for word in args)
+    )
     assert (code, out) == (2, "")
     assert message in err

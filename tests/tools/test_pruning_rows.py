@@ -23,13 +23,15 @@ def rows_module(monkeypatch):
 
 
 def test_committed_rows_of_the_same_sizes_alone_are_gone_on_from(rows_module):
-    path = ROOT / "benchmarks" / "results" / "pruning.json"
+    from __results import committed
+
+    path, sizes = ROOT / "benchmarks" / "results" / "pruning.json", rows_module.SHAPES
     known = json.loads(path.read_text())
-    assert rows_module.committed(path, argparse.Namespace(**known["options"])) == known["rows"] != []
-    for name in rows_module.SHAPES:
+    assert committed(path, argparse.Namespace(**known["options"]), sizes) == known["rows"] != []
+    for name in sizes:
         other = known["options"] | {name: known["options"][name] + 1}
-        assert rows_module.committed(path, argparse.Namespace(**other)) == [], name
-    assert rows_module.committed(path.with_name("none.json"), argparse.Namespace(**known["options"])) == []
+        assert committed(path, argparse.Namespace(**other), sizes) == [], name
+    assert committed(path.with_name("none.json"), argparse.Namespace(**known["options"]), sizes) == []
 
 
 def test_a_row_half_written_is_made_again(rows_module, tmp_path):

@@ -44,6 +44,7 @@ def test_every_method_at_every_number_of_blocks(table):
     assert groups == sorted(groups)
     assert "dense 33.1 / 33.1;" in text
     assert "| **annealing + pairs + refit** | +0.00 | +0.50 |" in table.downstream(data)
+    assert "(5.00), nats a token of the answer," in table.downstream(data), "as the task's `right_nll`"
     cost = table.searchcost(data)
     assert "| 6 | **annealing + pairs + refit** | 9,000 | 45.0 to 47.0 |" in cost
     assert "100" not in cost, "seconds of machines that nobody noted"

@@ -133,6 +133,17 @@ def test_every_check_has_one_line_and_every_line_a_check(tool, monkeypatch, tmp_
     assert names == set(subjects)
 
 
+def test_the_error_of_a_ratio_is_of_the_ratio(tool):
+    """As in every other table: half the perplexity has half the error in it."""
+    data = json.loads((tool.RESULTS / "kvdistilbrown.json").read_text())
+    losses = {"least squares": [4.0, 4.0, 4.0], "trained": [3.2, 3.3, 3.4]}
+    for row in data["rows"]:
+        for corpus in ("brown", "austen"):
+            row[f"{corpus}_nll"] = losses.get(row["what"], [3.0, 3.0, 3.0])
+    text = tool.TABLES["kvdistilbrown"].render(data)
+    assert "| 0.497 ± 0.029 / 0.497 ± 0.029 |" in text
+
+
 OF_A_MODEL = (
     "switches", "demo", "claims", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
     "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",
@@ -167,7 +178,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     assert f"| {qwen} | code | k4v3 | 4.24x | 1.5000 ± 0.0010" in text
     assert f"| {qwen} | brown | native | 4.24x | 1.0000 ± 0.0010, 1.0e-02 | 1.0000" in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
-    assert "24 x 64 tokens of the final split of each text (brown, code) behind 448-token prompts" in text
+    assert "24 x 64 tokens of the final split of each text (brown, code) after 448-token prompts" in text
     sources = {
         name: json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources
     }
@@ -180,9 +191,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     assert "| 0.2% ± 0.1% on SmolLM2-135M, 0.4% ± 0.1% on Qwen2.5-Coder-0.5B |" in text
     cost = "0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B, which solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
-    alone = (
-        "With 6 of 24 blocks K and V alone, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
-    )
+    alone = "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
     assert alone in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
 
@@ -244,6 +253,16 @@ def test_the_front_page_shows_the_newest_training_on_texts_of_256_tokens(tool):
     for rows, count in ((longer, 0), ([*new, *pair(5.01, "new", sweep=[1.0])], 2)):
         with pytest.raises(SystemExit, match=f"its newest commit has {count} trainings of 8 blocks"):
             page(rows)
+
+
+def test_the_error_of_a_ratio_is_the_ratios_own(tool):
+    fitted = {"what": "least squares", "blocks": 8, "brown_nll": [1.0, 1.0], "austen_nll": [1.0, 1.0]}
+    trained = {"what": "trained", "blocks": 8, "brown_nll": [1.6, 1.8], "austen_nll": [0.9, 1.1]}
+    trained |= {"report": {"steps": 4, "kept": True, "sequences": 2}, "training": {"batch": 4}}
+    options = {"refitted": 16, "fitted": 128, "judged": 2, "length": 256, "split": "final", "seed": 0}
+    data = {"environment": ENVIRONMENT, "options": options, "rows": [fitted | {"what": "dense"}, fitted, trained]}
+    text = tool.TABLES["kvdistilbrown"].render(data | {"commit": "abc"})
+    assert "| 2.014 ± 0.201 / 1.000 ± 0.100 (tie) |" in text
 
 
 def test_narrower_mlps_are_paired_with_six_blocks_of_their_text_treatment_and_weights(tool):
@@ -381,4 +400,4 @@ def test_the_front_page_has_the_budget_plans(tool):
     budget = next(row for row in sources[-1]["rows"] if row["plan"] == "budget 4.95x")
     budget["values"]["needle 512"]["exact"][0] = 0.0
     count = len(budget["values"]["needle 512"]["exact"])
-    assert f"; {count - 1} of {count} facts inside a prompt are found again" in tool.TABLES["switches"].render(*sources)
+    assert f"; {count - 1} of {count} facts hidden in a prompt were found" in tool.TABLES["switches"].render(*sources)

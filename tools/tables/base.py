@@ -38,7 +38,18 @@ def rise(losses: Sequence[float], dense: Sequence[float]) -> str:
 def difference(losses: Sequence[float], others: Sequence[float]) -> str:
     """Mean difference of losses of the same sequences, nats a token, and its standard error: `-0.010 ± 0.007 (tie)`."""
     mean, error = paired(losses, others)
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
+    return f"{mean:+.3f} ± {error:.3f}{tie(mean, error)}"
+
+
+def quotient(losses: Sequence[float], others: Sequence[float]) -> str:
+    """Ratio of perplexities of the same sequences, from losses, and its standard error: `0.981 ± 0.012 (tie)`."""
+    mean, error = paired(losses, others)
+    return f"{exp(mean):.3f} ± {exp(mean) * error:.3f}{tie(mean, error)}"
+
+
+def tie(mean: float, error: float) -> str:
+    """What stands behind a difference within two standard errors."""
+    return " (tie)" if abs(mean) <= 2 * error else ""
 
 
 def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def _memory(memory: dict[str, Any] | None) -> list[tuple[str, str, str]]:
 def _link(link: dict[str, Any]) -> str:
     share, relay = link["ttft_share"]["dense"], link["relays"]["dense"]
     return (
-        f"KV over a link of {link['speed']} behind a bfloat16 pool (dense's float32 KV: {relay}), on which it spends "
+        f"KV over a link of {link['speed']} for a bfloat16 pool (dense's float32 KV: {relay}), on which it spends "
         f"{share:.0%} of dense's TTFT"
     )
 

@@ -39,8 +39,8 @@ def equalbytes(data: dict[str, Any] | None) -> str:
     heads = [f"{TEXTS[name.split()[0]]}, {int(name.split()[1]):,}" for name in texts]
     return table(("model", "plan", f"bytes saved at {lengths}", *heads, "needles"), lines) + where(
         data["environment"],
-        "rise of perplexity over dense on texts of 64 tokens of each final split behind prompts of so many tokens, ± "
-        "one paired standard error; needles in Brown's behind 512",
+        "rise of perplexity over dense on texts of 64 tokens of each final split after prompts of the length in the "
+        "head, ± one paired standard error; needles in Brown's after 512 tokens",
         "higher, lower: than the budget plan's at the same bytes, by more than two paired standard errors; else a tie",
         *sizes,
         model="",

@@ -39,7 +39,7 @@ def switches(
         *(_uniform(dtype, rows[f"dense {dtype}", None], wire, generated) for dtype in _UNIFORM),
         _budget(equalbytes),
         (
-            f"KV-only prefill: {alone} of 30 blocks compute K and V alone, prefill is trained for {steps} steps: "
+            f"KV-only prefill: {alone} of 30 blocks compute only K and V, prefill is trained for {steps} steps: "
             f"`healing: {{kv_only_blocks: {alone}, prefill_steps: {steps}, ...}}`",
             f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
             ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()) + _alone_answers(generated),
@@ -60,7 +60,7 @@ def switches(
         f"of {judged:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
         "CPU's. "
         f"Model: {weights()}, computed in float32{_more(wire)}. "
-        "Answers, and all but the wires' and the budget plan's perplexity, were measured without key scales."
+        "Only the perplexities of the quantised wires and of the budget plan were measured with key scales."
     )
     return table(("switch", "saves", "costs", "measured"), body) + caption
 
@@ -105,8 +105,8 @@ def _alone_answers(generated: Data) -> str:
     """What a model with KV-only blocks in prefill still answers; empty where that was not measured."""
     right = {row["plan"]: row["right"] for row in generated["rows"] if row["task"] == "humaneval"}
     return "".join(
-        f". **With {plan.replace(' in prefill', '')}, not trained, Qwen2.5-Coder-0.5B solves {sum(answers)} of "
-        f"HumanEval's {len(answers)} problems, dense {sum(right['dense'])}**"
+        f". **With {plan.replace('K and V alone in prefill', 'KV-only')}, not trained, Qwen2.5-Coder-0.5B solves "
+        f"{sum(answers)} of HumanEval's {len(answers)} problems, dense {sum(right['dense'])}**"
         for plan, answers in right.items()
         if plan.endswith("K and V alone in prefill")
     )
@@ -128,13 +128,13 @@ def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
             for corpus in ("brown", "code", "agents")
         )
         saved = row["plan"].split()[-1]
-        parts.append(f"{saved}: {rises}; {sum(exact):.0f} of {len(exact)} facts inside a prompt are found again")
+        parts.append(f"{saved}: {rises}; {sum(exact):.0f} of {len(exact)} facts hidden in a prompt were found")
     return (
-        "budget plan, a solver picks rows and dtype of each layer, rows as shares of the prompt: "
+        "budget plan: a solver chooses each layer's rows (as a share of the prompt) and dtype: "
         "`include: [units/kv/balanced-shares.yaml]`",
-        "what is asked for, within 5 % at prompts of 128 tokens and more: here 4.95x and 10x KV bytes",
+        "the reduction that you ask for, within 5 % at prompts of 128 tokens and more: here 4.95x and 10x KV bytes",
         ". ".join(parts),
-        "[kv](docs/benchmarks/kv.md#rules-behind-quantised-rows)",
+        "[kv](docs/benchmarks/kv.md#rules-with-quantised-rows)",
     )
 
 
@@ -172,12 +172,12 @@ def proof(served: Data, faults: Data) -> str:
             f"worst error {least['error']:.1e} ({least['wire']}) to {worst['error']:.1e} nats ({worst['wire']}); "
             f"{sum(row['passed'] for row in rows)} of {len(rows)} within what rounding alone does",
         ),
-        ("slightly wrong plans that the check must tell apart", f"{detected} of {controls} told apart"),
+        ("slightly wrong plans that the check must detect", f"{detected} of {controls} detected"),
         ("KV bytes counted on the wire as planned, to the byte", f"{exact} of {len(rows)}"),
         (
             f"{len(ends)} faults: kills, stops, cuts, corruption, overload, hang-ups, a soak",
             f"{total['sent']:,} requests: {total['answered']:,} answered, {total['aborted']:,} hung up by the client, "
-            f"{total['failed']:,} failed with a reason, **{total['lost']} hung, {total['wrong']} wrong text**",
+            f"{total['failed']:,} failed with a reason, **{total['lost']} hung, {total['wrong']} with wrong text**",
         ),
         ("healthy requests after each fault", f"{after['answered']} of {after['sent']} answered"),
     ]

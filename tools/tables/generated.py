@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from math import comb, sqrt
-from statistics import fmean, stdev
+import operator
+from math import comb
 from typing import Any
 
-from tables.base import precision, table, where
+from tables.base import paired, precision, table, tie, where
 
 MODEL = "Qwen2.5-Coder-0.5B"
 _TASKS = {"humaneval": "HumanEval", "gsm8k": "GSM8K", "instructions": "instructions about form"}
@@ -24,22 +24,20 @@ def generated(data: dict[str, Any] | None) -> str:
             right = f"{sum(row['right'])} of {len(row['right'])}"
             lines.append((name, row["plan"], f"{row['reduction']:.2f}x", right, *cells, row["cut"], row["commit"]))
     options = data["options"]
-    head = ("task", "plan", "KV bytes saved", "right", "less dense, points", "McNemar's p", "cut", "commit")
+    head = ("task", "plan", "KV bytes saved", "right", "minus dense, points", "McNemar's p", "cut", "commit")
     return table(head, lines) + where(
         data["environment"],
         f"{MODEL}-Instruct, weights dequantised from a {precision(MODEL)} file, in float32",
         "one greedy answer of each question through SGLang's workers and router; bytes at 512 prompt tokens, against a "
         "bfloat16 pool; ± is the "
-        f"paired standard error; cut: answers that ran into {options['max_tokens']} tokens",
+        f"paired standard error; cut: answers that reached the limit of {options['max_tokens']} tokens",
         model="",
     )
 
 
 def _beside(right: list[int], dense: list[int]) -> tuple[str, str]:
     """Difference in points with its error, and the exact two-sided p of McNemar's test."""
-    differences = [100 * (value - before) for value, before in zip(right, dense, strict=True)]
-    error = stdev(differences) / sqrt(len(differences))
-    won, lost = (sum(difference * side > 0 for difference in differences) for side in (1, -1))
+    mean, error = paired([100 * value for value in right], [100 * value for value in dense])
+    won, lost = (sum(map(operator.gt, *sides)) for sides in ((right, dense), (dense, right)))
     tail = sum(comb(won + lost, count) for count in range(min(won, lost) + 1)) / 2 ** (won + lost)
-    tie = " (tie)" if abs(fmean(differences)) <= 2 * error else ""
-    return f"{fmean(differences):+.1f} ± {error:.1f}{tie}", f"{min(1.0, 2 * tail):.2f}" if tail >= 0.005 else "< 0.01"
+    return f"{mean:+.1f} ± {error:.1f}{tie(mean, error)}", f"{min(1.0, 2 * tail):.2f}" if tail >= 0.005 else "< 0.01"

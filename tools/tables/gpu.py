@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tables.base import table
 
 Data = dict[str, Any]
-HOW = "`make gpu-check` runs there, in ten minutes, what the machine allows"
+HOW = "On a GPU machine `make gpu-check` runs, in ten minutes, the parts that the machine allows"
 
 
 class Rows(NamedTuple):
@@ -71,7 +71,7 @@ NOT_OF_A_GPU = {
 def gpu(check: Data | None) -> str:
     """One sentence for the README."""
     if not _ran(check):
-        return f"**Nothing has run on a GPU.** {HOW}, and writes it down."
+        return f"**Nothing has run on a GPU.** {HOW}."
     assert check is not None
     counts = {status: sum(row["status"] == status for row in check["rows"]) for status in ("run", "failed", "skipped")}
     failed = f", **{counts['failed']} failed**" if counts["failed"] else ""

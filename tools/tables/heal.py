@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import table, where
+from tables.base import difference, table, where
 
 _UNHEALED, _BEFORE = "unhealed", "logits, 1e-4"
 
@@ -37,10 +35,4 @@ def heal(data: dict[str, Any] | None) -> str:
 def _difference(row: dict[str, Any], other: dict[str, Any] | None) -> str:
     if other is None or other is row:
         return ""
-    return _mean(kl - base for kl, base in zip(row["kl"], other["kl"], strict=True))
-
-
-def _mean(differences: Iterable[float]) -> str:
-    values = list(differences)
-    mean, error = fmean(values), stdev(values) / sqrt(len(values))
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
+    return difference(row["kl"], other["kl"])

@@ -41,7 +41,7 @@ def kv(data: dict[str, Any]) -> str:
     return table(head, lines) + where(
         data["environment"],
         "computed in float32, bytes against a bfloat16 pool",
-        f"{options['sequences']} continuations of 64 tokens and {10 * options['needles']} needles behind "
+        f"{options['sequences']} continuations of 64 tokens and {10 * options['needles']} needles after "
         f"{options['prompt']}-token prompts",
         f"± is the standard error of the paired ratio to dense; seed {options['seed']}",
     )
@@ -67,7 +67,7 @@ def _at(rows: list[dict[str, Any]], tokens: str) -> str:
     return f"{saved:.1f}x, {loss:.3f}"
 
 
-FORMS = {"whole": "whole", "less mean": "less their mean", "scaled": "less their mean and scaled"}
+FORMS = {"whole": "unchanged", "less mean": "minus their mean", "scaled": "minus their mean and scaled"}
 
 
 def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
@@ -97,7 +97,7 @@ def wire(data: dict[str, Any]) -> str:
     ) + where(
         data["environment"], *map(weights, models),
         f"{options['sequences']} x {options['continuation']} tokens of the {options['split']} split of each text "
-        f"({', '.join(texts)}) behind {options['prompt']}-token prompts",
+        f"({', '.join(texts)}) after {options['prompt']}-token prompts",
         "KL in nats", "± is the paired standard error", f"seed {options['seed']}", model="",
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def launches(data: dict[str, Any]) -> str:
         counts = ("pack_launches", "unpack_launches", "pack_copies", "unpack_copies", "syncs")
         rows.append((plan, wire, *(f"{before[count]:,} -> {after[count]}" for count in counts)))
     head = ("plan", "wire dtype", "launches of pack", "of unpack", "copies at pack", "at unpack", "waits for the GPU")
-    chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys less their offsets; torch's own operations -> Triton"
+    chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys minus their offsets; torch's own operations -> Triton"
     return table(head, rows) + where(data["environment"], chunk, "counted on meta tensors", model="")
 
 
@@ -161,7 +161,7 @@ def choice(data: dict[str, Any]) -> str:
     head = ("reduction", "rule", "choice", "... against dense", "not normalised, against dense",
             "nats a token of the right answer", "... against dense")  # fmt: skip
     questions, options = data["rows"][0]["questions"], data["options"]
-    caption = f"all {questions:,} questions behind {options['prompt']}-token prompts, 3 answers each: chance is 33%"
+    caption = f"all {questions:,} questions after {options['prompt']}-token prompts, 3 answers each: chance is 33%"
     paired = f"± is the standard error of the paired difference; seed {options['seed']}"
     return table(head, rows) + where(data["environment"], caption, paired)
 

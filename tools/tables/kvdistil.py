@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from math import exp, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import commits, rise, table, where
+from tables.base import commits, paired, rise, table, where
 
 CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
 TEXTS = {"brown": "Brown", "mixed": "mixed"}
@@ -59,11 +59,7 @@ def rises(losses: Losses, dense: Losses) -> dict[str, str]:
 
 def _mean(losses: Losses, dense: Losses) -> str:
     """Geometric mean of the ratios of the corpora, each of the same weight."""
-    means, errors = [], []
-    for corpus in CORPORA:
-        differences = [loss - before for loss, before in zip(losses[corpus], dense[corpus], strict=True)]
-        means.append(fmean(differences))
-        errors.append(stdev(differences) / sqrt(len(differences)))
+    means, errors = zip(*(paired(losses[corpus], dense[corpus]) for corpus in CORPORA), strict=True)
     ratio = exp(fmean(means))
     return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
 
@@ -75,7 +71,7 @@ def _table(data: dict[str, Any] | None, split: str) -> str:
     options = data["options"]
     text = (
         f"judged on {options[split]} x {options['continuation']} tokens of the "
-        f"{split} split of each corpus behind {options['prompt']} of prompt; rise of perplexity over dense, ± one "
+        f"{split} split of each corpus after {options['prompt']} prompt tokens; rise of perplexity over dense, ± one "
         "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
     )
     head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")

@@ -5,11 +5,9 @@ Results of an earlier bench-kvdistil, whose commit they name.
 
 from __future__ import annotations
 
-from math import exp, sqrt
-from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import rise, table, where
+from tables.base import quotient, rise, table, where
 
 CORPORA = ("brown", "austen")
 
@@ -30,9 +28,9 @@ def kvdistilbrown(data: dict[str, Any]) -> str:
     text = (
         f"least squares on {options['refitted']} x {options['length']} tokens of Brown's calibration split, training "
         f"on {learnt}; judged on {options['judged']} x {options['length'] // 2} tokens of Brown's and "
-        f"Austen's {options['split']} split behind as many of prompt; perplexity, ± one paired standard error"
+        f"Austen's {options['split']} split after as many prompt tokens; perplexity, ± one paired standard error"
     )
-    head = ("blocks of 30", "least squares", "trained behind it", "trained / least squares", "steps, tokens")
+    head = ("blocks of 30", "least squares", "then trained", "trained / least squares", "steps, tokens")
     return table(head, lines) + where(data["environment"], text, f"seed {options['seed']}", f"commit {data['commit']}")
 
 
@@ -41,14 +39,7 @@ def _rises(row: dict[str, Any] | None, dense: dict[str, Any]) -> str:
 
 
 def _ratios(row: dict[str, Any] | None, before: dict[str, Any]) -> str:
-    return " / ".join(_ratio(row[f"{name}_nll"], before[f"{name}_nll"]) for name in CORPORA) if row else ""
-
-
-def _ratio(losses: list[float], others: list[float]) -> str:
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    error = stdev(differences) / sqrt(len(differences))
-    tie = " (tie)" if abs(fmean(differences)) <= 2 * error else ""
-    return f"{exp(fmean(differences)):.3f} ± {error:.3f}{tie}"
+    return " / ".join(quotient(row[f"{name}_nll"], before[f"{name}_nll"]) for name in CORPORA) if row else ""
 
 
 def _steps(row: dict[str, Any] | None, data: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def latents(data: dict[str, Any]) -> str:
     options = data["options"]
     text = (
         f"{options['seeds']} random models with DeepSeek-V2's attention and 6 blocks without experts, in float32: "
-        f"decode's next-token distributions at {options['sequences']} x {options['continuation']} tokens behind "
+        f"decode's next-token distributions at {options['sequences']} x {options['continuation']} tokens after "
         f"{options['prompt']}-token prompts, mean (least-most) of the models"
     )
     head = ("latent", "rope key", "bytes a token and layer", "less than bfloat16", "KL, nats")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from math import exp, sqrt
-from statistics import fmean, stdev
 from typing import Any
 
-from tables.base import rise, table, where
+from tables.base import quotient, rise, table, where
 
 _KINDS = {
     "brown": "prose",
@@ -31,7 +29,7 @@ def mixture(data: dict[str, Any] | None) -> str:
         for corpus, kind in _KINDS.items():
             losses = [side[corpus] for side in sides]
             rises = [rise(side, dense[corpus]) for side in losses]
-            lines.append((plan, kind, *rises, _difference(*losses)))
+            lines.append((plan, kind, *rises, quotient(losses[1], losses[0])))
         lost = [
             f"{stage} loses {' / '.join(', '.join(map(str, side[stage])) for side in sides)}"
             for stage in ("prefill", "decode")
@@ -44,15 +42,9 @@ def mixture(data: dict[str, Any] | None) -> str:
     text = (
         f"blocks chosen on {options['calibration']} x 256 tokens and refitted on {options['fitted']} x 256"
         f"{kv}; rise of perplexity over the unpruned model on {options['sequences']} "
-        f"x {options['continuation']} tokens of each development split behind {options['prompt']} of prompt; the last "
-        "column is the perplexity by the mixture over that by prose, below 1 where the mixture is better; errors are "
-        "paired by sequence"
+        f"x {options['continuation']} tokens of each development split after {options['prompt']} prompt tokens; the "
+        "last column is the perplexity by the mixture over that by prose, below 1 where the mixture is better; errors "
+        "are paired by sequence"
     )
     head = ("plan", "judged on", "calibrated on prose", "calibrated on the mixture", "ratio")
     return table(head, lines) + where(data["environment"], text)
-
-
-def _difference(prose: list[float], mixed: list[float]) -> str:
-    differences = [after - before for before, after in zip(prose, mixed, strict=True)]
-    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-    return f"{exp(mean):.3f} ± {exp(mean) * error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")

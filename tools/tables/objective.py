@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from itertools import groupby
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from tables.base import precision, table, where
+from tables.base import difference, precision, table, where
 
 _MEASURES = ("brown_loss", "brown_kl", "code_loss", "code_kl")
 
@@ -37,8 +36,9 @@ def objective(data: dict[str, Any]) -> str:
     )
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, judged on "
-        f"{options['sequences']} x {options['judged_length']} of each development split behind "
-        f"{options['judged_prompt']} of prompt: nats a token, KL's choice less loss's, below 0 where KL's is better, "
+        f"{options['sequences']} x {options['judged_length']} of each development split after "
+        f"{options['judged_prompt']} of prompt: nats a token, the choice by KL minus that by loss, "
+        "below 0 where KL is better, "
         "and the standard error of the difference paired by sequence (the mean over draws of each); no refit"
     )
     return table((*head, "block-forwards"), lines) + where(data["environment"], text, model="")
@@ -53,9 +53,8 @@ def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
 
 
 def _difference(pairs: list[dict[str, dict[str, Any]]], measure: str) -> str:
-    sequences = zip(*(zip(pair["kl"][measure], pair["loss"][measure], strict=True) for pair in pairs), strict=True)
-    differences = [fmean(kl - loss for kl, loss in draws) for draws in sequences]
-    if not any(differences):
-        return "same"
-    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-    return f"{mean:+.3f} ± {error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
+    kl, loss = (
+        [fmean(draws) for draws in zip(*(pair[name][measure] for pair in pairs), strict=True)]
+        for name in ("kl", "loss")
+    )
+    return "same" if kl == loss else difference(kl, loss)

@@ -61,8 +61,8 @@ def downstream(data: dict[str, Any]) -> str:
 
     caption = where(
         data["environment"],
-        f"rise of the right answer's loss over dense ({dense:.2f}), nats an answer, of {questions} questions; mean "
-        "over seeds; no standard error was recorded",
+        f"rise of the right answer's loss over dense ({dense:.2f}), nats a token of the answer, of {questions} "
+        "questions; mean over seeds; no standard error was recorded",
     )
     head = ("treatment", "blocks chosen by", *(f"{n} of 30 removed" for n in _sizes(data)))
     return table(head, _by_size(data, rise)) + caption

@@ -30,7 +30,7 @@ def quality(data: dict[str, Any] | None) -> str:
     options = data["options"]
     text = (
         f"on the PD oracle in float32; bytes, against a bfloat16 pool, at {options['prompt']} prompt tokens; "
-        f"perplexity of {options['continuation']} tokens behind {options['prompt']}-token prompts; recovery is the "
+        f"perplexity of {options['continuation']} tokens after {options['prompt']}-token prompts; recovery is the "
         "plan's score over dense's, of perplexity the ratio, ± its paired standard error"
     )
     head = ("model", "measured on", "plan", "KV bytes saved", "n", "dense", "plan's", "recovery", "commit, machine")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from math import exp, sqrt
-from statistics import fmean, stdev
+from math import exp
+from statistics import fmean
 from typing import Any
 
-from tables.base import precision, table, where
+from tables.base import precision, quotient, table, where
 
 
 def racing(data: dict[str, Any] | None) -> str:
@@ -21,8 +21,8 @@ def racing(data: dict[str, Any] | None) -> str:
     options = data["options"]
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, drawn by the "
-        "seed; objective: exact losses there, nats a token, of prefill and of decode behind it; perplexity of "
-        f"{options['sequences']} x {options['length'] // 2} tokens of the development split behind as much prompt, the "
+        "seed; objective: exact losses there, nats a token, of prefill and of decode after that prefill; perplexity of "
+        f"{options['sequences']} x {options['length'] // 2} tokens of the development split after as much prompt, the "
         "ratio's error paired by sequence; no refit; a / b: with racing / without"
     )
     head = ("model", "seed", "prefill loses", "decode loses", "block-forwards", "objective", "perplexity", "ratio")
@@ -33,13 +33,9 @@ def _cells(raced: dict[str, Any], full: dict[str, Any]) -> list[str]:
     chosen = [_both(raced[stage], full[stage]) for stage in ("prefill", "decode")]
     forwards = f"{raced['block_forwards']:,} / {full['block_forwards']:,}"
     objective = [_both(f"{raced[name]:.4f}", f"{full[name]:.4f}") for name in ("prefill_objective", "decode_objective")]
-    sides = [exp(fmean(row["development"])) for row in (raced, full)]
-    differences = [a - b for a, b in zip(raced["development"], full["development"], strict=True)]
-    ratio = "same blocks"
-    if any(differences):
-        mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-        ratio = f"{exp(mean):.3f} ± {exp(mean) * error:.3f}" + (" (tie)" if abs(mean) <= 2 * error else "")
-    return [*chosen, forwards, "; ".join(objective), _both(*(f"{side:.1f}" for side in sides)), ratio]
+    losses = [row["development"] for row in (raced, full)]
+    ratio = "same blocks" if losses[0] == losses[1] else quotient(*losses)
+    return [*chosen, forwards, "; ".join(objective), _both(*(f"{exp(fmean(side)):.1f}" for side in losses)), ratio]
 
 
 def _both(first: str, second: str) -> str:

@@ -24,7 +24,7 @@ def requestrows(data: dict[str, Any] | None) -> str:
     return table(head, lines) + where(
         data["environment"],
         f"{len(dense['nll'])} continuations of 64 tokens of Brown's development split, {len(dense['needle'])} needles, "
-        f"behind {options['prompt']}-token prompts; dense finds {fmean(dense['needle']):.0%}",
+        f"after {options['prompt']}-token prompts; dense finds {fmean(dense['needle']):.0%}",
         f"SnapKV: scores of the last {options['window']} queries, smoothed over 5 rows, its row lists counted",
         "± is the standard error of the difference paired by sequence",
     )

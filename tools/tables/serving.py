@@ -120,7 +120,7 @@ def smallchunks(data: dict[str, Any]) -> str:
             share = f"{(whole - four) / (whole - layers):.0%}"
             rows.append((*case, f"{tokens:,}", f"{whole:.3f}", f"{four:.3f}", f"{layers:.3f}", share))
     head = ("model", "wire dtype", "link", "prompt tokens", "one chunk, s", "four chunks, s", "one chunk by layer, s",
-            "of that saving, four chunks have")  # fmt: skip
+            "share of that saving with four chunks")  # fmt: skip
     return table(head, rows)
 
 

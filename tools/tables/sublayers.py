@@ -27,11 +27,11 @@ def sublayers(data: dict[str, Any] | None) -> str:
     options = data["options"]
     text = (
         f"chosen on {options['calibration']} x {options['length']} tokens of Brown's calibration split, judged on "
-        f"{options['sequences']} x {options['length'] - options['prompt']} tokens of each development split behind "
+        f"{options['sequences']} x {options['length'] - options['prompt']} tokens of each development split after "
         f"dense KV of {options['prompt']} of prompt; no refit; rise of perplexity over dense, ± one paired standard "
-        "error, and nats a token less those of whole blocks of the same weights"
+        "error, and nats a token minus those of whole blocks with the same weights"
     )
-    head = ("decode goes without", "weights, in blocks", *CORPORA.values(), "Brown, less blocks'", "code, less blocks'")
+    head = ("decode runs without", "weights, in blocks", *CORPORA.values(), "Brown, minus blocks", "code, minus blocks")
     return table(head, lines) + where(data["environment"], text, commits(row["commit"] for row in data["rows"]))
 
 

@@ -27,12 +27,12 @@ def width(data: dict[str, Any] | None) -> str:
         f"channels and refit of {options['calibration']} x {options['length']} tokens of the text, blocks searched on "
         f"{options['searched']} of these, prompt tokens count {options['share']:g} in the blocks' refit; trained: "
         f"{options['steps']} steps of 4 x {options['read']} tokens at {options['rate']:g}; judged on "
-        f"{options['sequences']} x {judged} tokens of each development split behind dense KV of {options['prompt']} of "
+        f"{options['sequences']} x {judged} tokens of each development split after dense KV of {options['prompt']} of "
         "prompt: rise of perplexity over dense, ± one paired standard error, "
-        "and nats a token less those of 6 blocks of the same text and treatment; width: channels left of 1,536 in the "
+        "and nats a token minus those of 6 blocks of the same text and treatment; width: channels left of 1,536 in the "
         "MLP of every block; weights: decode's of dense, embeddings included"
     )
-    head = ("text", "decode", "weights", "Brown", "code", "Brown, less 6 blocks'", "code, less 6 blocks'")
+    head = ("text", "decode", "weights", "Brown", "code", "Brown, minus 6 blocks", "code, minus 6 blocks")
     return table(head, lines) + where(data["environment"], text, commits(row["commit"] for row in rows))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.config import rope_of
 
 Scaling = Callable[[Tensor, Mapping[str, Any]], Tensor]
 
@@ -37,13 +38,11 @@ KINDS: dict[str, Scaling] = {"default": _default, "linear": _linear, "llama3": _
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE of a config.json as one dict; transformers 5 writes `rope_parameters`, earlier ones `rope_scaling`.
+    """RoPE of a config.json as one dict, checked.
 
     Raises UserError: an unsupported kind, a partial rotation, a missing or wrong number.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    rope = rope_of(config)
     if rope["rope_type"] not in KINDS:
         raise UserError(f"RoPE of kind {rope['rope_type']!r} is not supported; supported: {', '.join(KINDS)}")
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))

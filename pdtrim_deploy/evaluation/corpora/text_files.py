@@ -13,7 +13,7 @@ _PART = 8000  # characters: about four Brown samples' worth of windows, and many
 
 
 class TextDirectory:
-    """Every .txt below the folder is one document, named by its path there."""
+    """Every .txt below the folder is one document, named by its path there; copies fall into the same split."""
 
     usage = "dir:PATH"
 
@@ -23,7 +23,8 @@ class TextDirectory:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give dir: a folder of .txt files")
         files = sorted(root.rglob("*.txt"))
-        documents = tuple(Document(f.relative_to(root).as_posix(), text) for f in files if (text := _read(f)))
+        texts, first = {f.relative_to(root).as_posix(): _read(f) for f in files}, dict[str, str]()
+        documents = tuple(Document(n, text, group=first.setdefault(text, n)) for n, text in texts.items() if text)
         if not documents:
             raise UserError(f"{root}: no .txt file with text in it; give dir: a folder of .txt files")
         return documents
@@ -51,6 +52,6 @@ class TextFile:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; convert it or leave it out") from None

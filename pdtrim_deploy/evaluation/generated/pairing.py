@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from math import comb
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided exact p of McNemar's test: of questions that one alone got right, half are each model's by chance."""
-    pairs = list(zip(first, second, strict=True))
-    won, lost = (sum(a and not b for a, b in turned) for turned in (pairs, [(b, a) for a, b in pairs]))
+def mcnemar(first: Sequence[int], second: Sequence[int]) -> float:
+    """Two-sided exact p of McNemar's test: of questions that one alone got right, half are each model's by chance.
+
+    Of several questions about one text, which are not independent, each model's number of right answers: of the texts
+    of which one got more right, half are each model's by chance.
+    """
+    won, lost = (sum(a > b for a, b in zip(*sides, strict=True)) for sides in ((first, second), (second, first)))
     tail = sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
     return min(1.0, 2 * tail)

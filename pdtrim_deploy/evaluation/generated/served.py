@@ -17,6 +17,7 @@ from pdtrim_deploy.evaluation.generated.pairing import mcnemar
 from pdtrim_deploy.evaluation.generated.sgl_eval import ask
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.local.atomic import write_atomic
 
 
 class GroupScore(BaseModel):
@@ -35,8 +36,9 @@ class GroupScore(BaseModel):
 class ServedTask(BaseModel):
     """Shares of right answers, 0 to 1, with standard errors; `truncated` are answers that ran into `max_tokens`.
 
-    `dense`, `difference` and what follows are None where no dense model was asked. `p` is McNemar's, exact; `recovery`
-    is the pair's share over the dense model's. `groups` are there where questions have several.
+    `dense`, `difference` and what follows are None where no dense model was asked. `p` is McNemar's, exact, where
+    questions about one text count as one; `recovery` is the pair's share over the dense model's. `groups` are there
+    where questions have several.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,9 +102,8 @@ class Pair:
         urls = [self.url] if self.against is None else [self.url, self.against]
         replies = [self._answers(target, task, questions, longest, note) for target in urls]
         if answers is not None:
-            answers.parent.mkdir(parents=True, exist_ok=True)
             rows = zip(questions, *replies, strict=True)
-            answers.write_text("".join(json.dumps(_row(*row)) + "\n" for row in rows))
+            write_atomic(answers, "".join(json.dumps(_row(*row)) + "\n" for row in rows))
         return _judged(task, data, questions, replies, gates, longest)
 
     def _answers(
@@ -153,13 +154,21 @@ def _judged(
         dense_truncated=cut[1],
         difference=paired.mean,
         difference_stderr=None if math.isnan(paired.stderr) else paired.stderr,
-        p=mcnemar(*([answer.right for answer in reply] for reply in replies)),
+        p=mcnemar(*(_right_by_subject(subjects, reply) for reply in replies)),
         recovery=Recovery.of(dense, pair, gates),
     )
 
 
 def _measured(name: str, groups: tuple[str, ...], subjects: tuple[int, ...], replies: Sequence[Answer]) -> Measured:
     return Measured(name, groups, {"right": tuple(float(answer.right) for answer in replies)}, subjects)
+
+
+def _right_by_subject(subjects: Sequence[int], replies: Sequence[Answer]) -> list[int]:
+    """Right answers of the questions about each text."""
+    counts = [0] * (max(subjects) + 1)
+    for subject, answer in zip(subjects, replies, strict=True):
+        counts[subject] += answer.right
+    return counts
 
 
 def _by_group(results: Sequence[Measured]) -> tuple[GroupScore, ...]:

@@ -19,6 +19,7 @@ from pdtrim_deploy.evaluation.lm_harness.answers import Answers
 from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.measured import Measured
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.job import last_line
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.recipe.gates import LM_EVAL
@@ -110,8 +111,7 @@ class Harness:
         for name, by_task in by_name.items():
             of_tasks = {task: measured(task, samples, higher.get(task)) for task, samples in by_task.items()}
             results.append(joined(LM_EVAL + name, of_tasks))
-        folder.mkdir(parents=True, exist_ok=True)
         for task, samples in (item for by_task in by_name.values() for item in by_task.items()):
             lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-            (folder / f"{task.replace('/', '-')}.jsonl").write_text(lines)
+            write_atomic(folder / f"{task.replace('/', '-')}.jsonl", lines)
         return results

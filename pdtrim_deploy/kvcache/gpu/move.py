@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs.rotated import GRIDS, halvings
+from pdtrim_deploy.kvcache.gpu import faults
 from pdtrim_deploy.kvcache.gpu.codes import UNFUSED
 from pdtrim_deploy.kvcache.gpu.kernels import pack_runs, unpack_runs
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -64,16 +65,13 @@ def move(
 
 
 def check(device: torch.device) -> None:
-    """Call it when a chunk's event has come: it costs no transfer.
+    """Call it when the event of a chunk has come that this thread has queued: it costs no transfer.
 
     Raises:
-        IndexError: since the last call a chunk on this device had a slot outside its pool.
+        IndexError: since the last call a chunk of this thread, on this device, had a slot outside its pool.
 
     """
-    fault = _fault(device)
-    if fault.item():
-        fault.zero_()
-        raise IndexError("a slot of a prompt lay outside its pool; its rows were not moved")
+    faults.check(_fault(device))
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **compiled: Any) -> None:
@@ -148,7 +146,5 @@ def _origin(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device)
 
 
-@lru_cache
 def _fault(device: torch.device) -> Tensor:
-    """int32 `[1]` in host memory, which kernels of this device write."""
-    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return faults.flag_of(device)

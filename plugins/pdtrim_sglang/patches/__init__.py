@@ -44,6 +44,7 @@ def install() -> None:
     HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_planned_layers, HookType.AFTER)
     HookRegistry.register(hook_targets.LOADED, loading.count_kv_layers, HookType.AFTER)
     HookRegistry.register(hook_targets.LOADED, loading.check_dp_attention, HookType.AFTER)
+    HookRegistry.register(hook_targets.LOADED, loading.check_adapters, HookType.AFTER)
     HookRegistry.register(hook_targets.VALIDATE, front_end.refuse_request, HookType.AROUND)
     HookRegistry.register(hook_targets.VALIDATE_COMPLETION, front_end.refuse_completion, HookType.AROUND)
     for launch in (hook_targets.SCHEDULERS, hook_targets.DETOKENIZERS):

@@ -27,7 +27,7 @@ def check_front_end(_: None, tokenizer_manager: Any, **__: Any) -> None:
 def refuse_request(original: Callable[..., None], manager: Any, request: Any, input_ids: Any) -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from pdtrim_sglang.clients import bad_logprobs, bad_prompt, bad_room, bad_stop_regex
+    from pdtrim_sglang.clients import bad_logprobs, bad_prompt, bad_room, bad_stop_regex, shared_room
 
     original(manager, request, input_ids)
     if sglang_host.server_arguments().disaggregation_mode == "null":
@@ -39,6 +39,7 @@ def refuse_request(original: Callable[..., None], manager: Any, request: Any, in
     if isinstance(request, GenerateReqInput):
         problem = problem or bad_logprobs(request.logprob_start_len, request.top_logprobs_num, vocabulary)
         problem = problem or bad_room(request.bootstrap_room, request.bootstrap_host)
+        problem = problem or shared_room(request, manager.rid_to_state)
         problem = problem or bad_stop_regex(request.sampling_params.get("stop_regex"))
     if problem:
         raise ValueError(problem)  # SGLang answers 400

@@ -38,6 +38,15 @@ def count_kv_layers(_: Any, runner: Any) -> None:
     count_kv_layers(runner)
 
 
+def check_adapters(_: Any, runner: Any) -> None:
+    """Of a unified bundle, whose worker hands over no KV: a pair's are checked with its other options."""
+    from pdtrim_sglang.requirements import check_lora
+    from pdtrim_sglang.sublayers import stage_plan
+
+    if runner.server_args.disaggregation_mode == "null" and (known := stage_plan(runner)) is not None:
+        check_lora(runner.server_args, known[0])
+
+
 def check_dp_attention(_: Any, runner: Any) -> None:
     from pdtrim_sglang.requirements import check_dp_attention
 

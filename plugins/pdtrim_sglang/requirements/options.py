@@ -26,11 +26,42 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
     _check_scales(server_args)
     _check_front_end(server_args)
     _check_aux_rows()
-    _check_lora(server_args, plan)
+    check_lora(server_args, plan)
     _check_digest(server_args, plan, kv_args.page_size)
     _check_shared_storage(server_args, plan)
     if plan is not None and server_args.disaggregation_mode == "decode":
         check_decode(server_args, plan, is_mla_backend)
+
+
+def check_lora(server_args: Any, plan: PDPlan | None) -> None:
+    """An adapter names a layer, and an expert, by its number, and those of a stage are numbered anew.
+
+    Raises:
+        RuntimeError: one that was made for the unpruned model would be applied to others, or not at all.
+
+    """
+    if not (server_args.enable_lora or server_args.lora_paths):
+        return
+    for stage in STAGES:
+        actions = plan.actions(stage) if plan is not None else ()
+        if changed := [block for block, action in enumerate(actions) if action.kind != "keep"]:
+            raise RuntimeError(
+                f"pdtrim: the plan drops or replaces blocks of {stage} ({', '.join(map(str, changed))}), so an adapter "
+                "of the unpruned model would be applied to other layers: start without --enable-lora and --lora-paths"
+            )
+    pruned = [stage for stage in STAGES if plan is not None and plan.kept_experts(stage)]
+    targets = set(server_args.lora_target_modules or ()) if pruned else set()
+    if pruned and (not targets or not targets <= set(ATTENTION_MODULES)):
+        raise RuntimeError(
+            f"pdtrim: the plan keeps some experts of {' and '.join(pruned)} alone, so an adapter of the unpruned model "
+            "would be applied to other experts: start without --enable-lora and --lora-paths, or with "
+            f"--lora-target-modules {' '.join(ATTENTION_MODULES)}, or some of these"
+        )
+    if WorkerConfig.parse(server_args.json_model_override_args).engine is not None:
+        raise RuntimeError(
+            "pdtrim: an engine's weights are its own, and no adapter would be applied: start without --enable-lora and "
+            "--lora-paths, or without the engine"
+        )
 
 
 def _check_scales(server_args: Any) -> None:
@@ -63,32 +94,6 @@ def _check_aux_rows() -> None:
         raise RuntimeError(
             "pdtrim: with SGLANG_MOONCAKE_CUSTOM_MEM_POOL=INTRA_NODE_NVLINK SGLang keeps first tokens on the GPU, and "
             "the plugin reads them on the host: unset it"
-        )
-
-
-def _check_lora(server_args: Any, plan: PDPlan | None) -> None:
-    """An adapter names a layer, and an expert, by its number, and those of a stage are numbered anew."""
-    if not (server_args.enable_lora or server_args.lora_paths):
-        return
-    for stage in STAGES:
-        actions = plan.actions(stage) if plan is not None else ()
-        if changed := [block for block, action in enumerate(actions) if action.kind != "keep"]:
-            raise RuntimeError(
-                f"pdtrim: the plan drops or replaces blocks of {stage} ({', '.join(map(str, changed))}), so an adapter "
-                "of the unpruned model would be applied to other layers: start without --enable-lora and --lora-paths"
-            )
-    pruned = [stage for stage in STAGES if plan is not None and plan.kept_experts(stage)]
-    targets = set(server_args.lora_target_modules or ()) if pruned else set()
-    if pruned and (not targets or not targets <= set(ATTENTION_MODULES)):
-        raise RuntimeError(
-            f"pdtrim: the plan keeps some experts of {' and '.join(pruned)} alone, so an adapter of the unpruned model "
-            "would be applied to other experts: start without --enable-lora and --lora-paths, or with "
-            f"--lora-target-modules {' '.join(ATTENTION_MODULES)}, or some of these"
-        )
-    if WorkerConfig.parse(server_args.json_model_override_args).engine is not None:
-        raise RuntimeError(
-            "pdtrim: an engine's weights are its own, and no adapter would be applied: start without --enable-lora and "
-            "--lora-paths, or without the engine"
         )
 
 

@@ -7,6 +7,7 @@ itself (`tcp.py`), or by a library that writes into the other process's memory (
 
 from __future__ import annotations
 
+import logging
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.worker.transport import TransportOptions
-from pdtrim_sglang.protocol import ChunkHeader, Reply
-from pdtrim_sglang.transports.handshake import Credentials
+from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
+from pdtrim_sglang.transports.handshake import Credentials, HandshakeError
 
 LAST_PORT = 65535
+logger = logging.getLogger("sglang.srt.pdtrim.transport")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ class TransportError(Exception):
 
 class UnreachableError(TransportError):
     """The decode worker cannot be reached now: what waits for it need not try again."""
+
+
+def log_unforeseen(error: Exception) -> None:
+    """Log the traceback of an error that is our own: a message that names the decode worker would hide it.
+
+    What networks, machines and libraries do needs none: the message says it.
+    """
+    if not isinstance(error, (OSError, RuntimeError, UnicodeError, HandshakeError, ProtocolError)):
+        logger.error("pdtrim: an error that nobody foresaw: please report it", exc_info=error)
 
 
 def missing(transport: str, package: str, error: ImportError) -> RuntimeError:

@@ -16,6 +16,7 @@ from pdtrim_sglang.transports.base import (
     TransportConfig,
     TransportError,
     UnreachableError,
+    log_unforeseen,
 )
 from pdtrim_sglang.transports.handshake import introduce
 from pdtrim_sglang.transports.sockets import hang_up, prepare, receive, send, wake
@@ -80,6 +81,7 @@ class SendChannel:
             send(connection.socket, [fixed, *connection.link.move(slot, size, payload), aux])
         except Exception as error:  # of a library, too: both ends count chunks, and where the next begins is not known
             self.close()
+            log_unforeseen(error)
             raise TransportError(f"cannot send to decode worker {self._name}: {error}") from error
         return len(fixed) + size + len(aux)
 
@@ -98,6 +100,7 @@ class SendChannel:
         try:
             return self._connected()
         except Exception as error:  # OSError, HandshakeError; UnicodeError: no host can have this name; out of threads
+            log_unforeseen(error)
             raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
 
     def _connected(self) -> _Connection:

@@ -83,7 +83,7 @@ class NixlWriter(Writer):
                 time.sleep(POLL_S)
                 with self._lock:
                     state = self._agent.check_xfer_state(handle)
-        except OSError:
+        except (OSError, AttributeError, LookupError, TypeError):  # the last three are our own
             raise
         except Exception as error:
             raise OSError(f"NIXL: {error}") from None

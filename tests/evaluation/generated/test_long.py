@@ -75,6 +75,8 @@ def test_questions_about_one_text_count_as_one_in_errors(setting: Setting) -> No
     score = judged.score  # of the pair alone: the same, as all of the dense model's answers are right
     assert judged.stderr == pytest.approx((score * (1 - score) / 39) ** 0.5)
     assert judged_apart.stderr == pytest.approx((score * (1 - score) / 79) ** 0.5)
+    assert judged.p == 2 / 2**10, "of 10 texts the dense model alone had answers right"
+    assert judged_apart.p == 2 / 2**20
 
 
 def test_answers_follow_from_the_texts(setting: Setting) -> None:

@@ -89,3 +89,4 @@ def test_mcnemar_is_exact() -> None:
     assert mcnemar([True, False], [False, True]) == 1.0
     assert mcnemar([True] * 5, [True] * 5) == 1.0
     assert mcnemar([True] * 5 + [False], [False] * 5 + [True]) == pytest.approx(2 * 7 / 2**6)
+    assert mcnemar([2, 1, 2, 0], [0, 0, 2, 1]) == 1.0, "of texts: two for the first, one for the second"
