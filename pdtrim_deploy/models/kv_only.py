@@ -1,9 +1,9 @@
 """Prefill layers that run for their K and V alone, but for a prompt's last tokens, which they run whole.
 
-Of all other tokens such a layer makes K and V by second projections, and leaves the hidden state as it is. The tail
-goes through the layer as the model has it, whose attention reads those K and V: so the tokens that say what comes next,
-and the K and V behind them that decode reads most, are near the dense model's. (POP, arXiv:2602.03295, runs the last
-prompt token whole.) The checkpoint holds the whole layers; the second projections lie beside it in `KV_ONLY`.
+Of all other tokens such a layer makes K and V by second projections (and norms), and leaves the hidden state as it is.
+The tail goes through the layer as the model has it, whose attention reads those K and V. So the tokens that say what
+comes next, and the K and V that decode reads most, are near the dense model's. (POP, arXiv:2602.03295, runs the last
+prompt token whole.) The checkpoint has the model's own layers; the second projections lie beside it in `KV_ONLY`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from pdtrim_deploy.models.block_tensors import BlockTensors, read_blocks
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.outputs import OUTPUTS
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.blocks import KV_ONLY
 
-PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
-"""What such a layer has twice, by name within its block."""
 _ALONE = "kv_only"  # attribute of a whole layer: the same with the second projections
 
 
@@ -42,17 +41,22 @@ def attach(model: CausalLM, plan: PDPlan, projections: BlockTensors) -> CausalLM
 
 
 def divide(changed: BlockTensors, plan: PDPlan) -> tuple[BlockTensors, BlockTensors]:
-    """Changed tensors of the prefill of a plan with a tail: those of its own layers, and second projections."""
+    """Changed tensors of the prefill of a plan with a tail: those of its own layers, and what makes K and V alone."""
     alone = {plan.prefill_layers[layer] for layer in plan.kv_only_layers}
     own = {block: tensors for block, tensors in changed.items() if block not in alone}
-    return own, {block: tensors for block, tensors in changed.items() if block in alone}
+    second = {
+        block: {name: tensor for name, tensor in tensors.items() if name not in OUTPUTS}
+        for block, tensors in changed.items()
+        if block in alone
+    }
+    return own, second
 
 
 def read(folder: Path, plan: PDPlan) -> BlockTensors:
     """Second projections of a prefill checkpoint, by block.
 
     Raises:
-        UserError: the file is missing, or has not those of the plan's blocks.
+        UserError: the file is missing, or is not of the plan's blocks.
 
     """
     path, blocks = folder / KV_ONLY, {plan.prefill_layers[layer] for layer in plan.kv_only_layers}
@@ -61,8 +65,8 @@ def read(folder: Path, plan: PDPlan) -> BlockTensors:
         tensors = read_blocks(path)
     except Exception as error:  # safetensors raises its own
         raise UserError(f"{path}: the second K and V projections cannot be read ({error}); {again}") from None
-    if set(tensors) != blocks or any(set(named) != set(PROJECTIONS) for named in tensors.values()):
-        raise UserError(f"{path}: has not the K and V projections of blocks {sorted(blocks)} alone; {again}")
+    if set(tensors) != blocks:
+        raise UserError(f"{path}: is of blocks {sorted(tensors)}, the plan's are {sorted(blocks)}; {again}")
     return tensors
 
 

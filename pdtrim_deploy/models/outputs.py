@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-_OUTPUTS = (
+OUTPUTS = (
     "self_attn.o_proj.weight",
     "self_attn.o_proj.bias",
     "mlp.down_proj.weight",
@@ -18,4 +18,4 @@ _OUTPUTS = (
 def output_parameters(layer: nn.Module) -> list[str]:
     """Names of those that `layer` has: divided by a number, they divide what its attention and its MLP give."""
     names = {name for name, _ in layer.named_parameters()}
-    return [name for name in _OUTPUTS if name in names]
+    return [name for name in OUTPUTS if name in names]

@@ -58,8 +58,9 @@ def _version(recipe: Recipe) -> int:
 
 
 def _section(section: HealingSection) -> dict[str, Any]:
-    """What the section decides, without what is done once KV is chosen."""
-    kept = {name: value for name, value in section.decides(trains=section.trains).items() if name != "kv_steps"}
+    """What the section decides of the weights, without what is done once KV is chosen."""
+    decides = section.decides(trains=section.trains)
+    kept = {name: value for name, value in decides.items() if name not in ("kv_steps", "kv_only_tail")}
     kept |= {"rescaled": _RESCALED} if section.compensation == "norm" else {}
     return kept | ({"training": _TRAINING} if section.trains else {})
 
@@ -180,7 +181,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     model = context.model if section.trains and _holds_model(context) else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
-        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note, section.kv_only_tail)
+        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note)
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
         pair = fit_kv_only(pair, alone, few, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]

@@ -31,13 +31,10 @@ from pdtrim_deploy.recipe.healing import RANKED
 _CHECKED = 8  # one batch in so many chooses the penalty
 
 
-def make_kv_only(
-    pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None, tail: int = 0
-) -> StagePair:
+def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
     """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
 
-    The first `RANKED` sequences rank. The last `tail` tokens of a prompt go through these blocks whole; they take no
-    part in ranking and fitting, where every token goes past them.
+    The first `RANKED` sequences rank.
 
     Raises:
         UserError: there are not so many blocks that both stages keep; a loss that is not a number.
@@ -48,7 +45,7 @@ def make_kv_only(
         raise UserError(
             f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
         )
-    return fit_kv_only(pair, rank(pair, ids[:RANKED], progress)[:blocks], ids, progress, tail)
+    return fit_kv_only(pair, rank(pair, ids[:RANKED], progress)[:blocks], ids, progress)
 
 
 @torch.no_grad()
@@ -84,11 +81,9 @@ def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> t
     return tuple(order)
 
 
-def fit_kv_only(
-    pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None, tail: int = 0
-) -> StagePair:
-    """`pair` whose prefill has these blocks for their KV alone, but for a tail, K and V fitted on `ids`."""
-    return fit(_given_up(pair, set(blocks), tail), ids, progress)
+def fit_kv_only(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+    """`pair` whose prefill has these blocks for their KV alone, K and V fitted on `ids`."""
+    return fit(_given_up(pair, set(blocks)), ids, progress)
 
 
 def candidates(plan: PDPlan) -> tuple[int, ...]:
@@ -134,13 +129,11 @@ def _refit(
     return ridge.solve(weight_of(linear))
 
 
-def _given_up(pair: StagePair, blocks: set[int], tail: int = 0) -> StagePair:
-    """`pair` with these blocks of prefill there for their KV alone; without a tail what they add is zero."""
+def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
+    """`pair` with these blocks of prefill there for their KV alone."""
     plan = pair.plan
     actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
-    relaxed = plan.with_parts(prefill=actions, kv_only_tail=tail)
-    if tail:
-        return StagePair(pair.model, relaxed, pair.changed)
+    relaxed = plan.with_parts(prefill=actions)
     layers = {block: pair.model.model.layers[block] for block in blocks}
     zeros = {block: {name: _zeros(layer, name) for name in output_parameters(layer)} for block, layer in layers.items()}
     return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)

@@ -70,7 +70,8 @@ class HealingSection(Section):
         kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss
             on 16 sequences at most. `prefill_steps` then train prefill by what decode predicts behind its KV.
         kv_only_tail: the last tokens of each prompt, which these blocks run whole all the same, with the model's own
-            weights. Behind a prompt that is long beside them prefill saves almost as much, and loses far less.
+            weights. On prompts much longer than that prefill saves almost as much, and loses far less. Neither fits nor
+            training depend on it.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` (or
@@ -158,19 +159,11 @@ class HealingSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _whole_weights_of_the_tail(self) -> HealingSection:
-        if not self.kv_only_tail:
-            return self
-        if not self.kv_only_blocks:
+    def _tail_of_kv_only_blocks(self) -> HealingSection:
+        if self.kv_only_tail and not self.kv_only_blocks:
             raise ValueError(
                 f"kv_only_tail is {self.kv_only_tail} but kv_only_blocks is 0; allowed with it: kv_only_blocks of at "
                 "least 1"
-            )
-        if self.compensation != "none" or self.trains:
-            name = "prefill_steps" if self.prefill_steps else "decode_steps" if self.decode_steps else "compensation"
-            raise ValueError(
-                f"kv_only_tail is {self.kv_only_tail} but {name} is {getattr(self, name)}, which changes weights that "
-                f"the tail runs through; allowed with it: {'0' if name != 'compensation' else 'none'}"
             )
         return self
 
