@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models import kv_only
+from pdtrim_deploy.models.kv_only import attach
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.second_tensors import read_second
 from pdtrim_deploy.plan import STAGES
 
 
@@ -29,5 +30,5 @@ def oracle_of(
     }
     prefill, decode = models[plan.folder("prefill")], models[plan.folder("decode")]
     if plan.kv_only_tail:
-        kv_only.attach(prefill, plan, kv_only.read(bundle.prefill_dir, plan))
+        attach(prefill, plan, read_second(bundle.prefill_dir, plan))
     return PDOracle(prefill, decode, plan.with_parts(unified=False), KeyOffsets.read(bundle.prefill_dir, plan))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pdtrim_deploy.models.loading import TORCH_DTYPES
 from pdtrim_deploy.models.writer import save
 
 BlockTensors = Mapping[int, Mapping[str, Tensor]]
@@ -17,7 +17,8 @@ BlockTensors = Mapping[int, Mapping[str, Tensor]]
 
 def cast(blocks: BlockTensors, dtype: str) -> BlockTensors:
     """The same in another dtype, by its name."""
-    return {block: {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in named.items()} for block, named in blocks.items()}
+    to: torch.dtype = getattr(torch, dtype)
+    return {block: {name: tensor.to(to) for name, tensor in named.items()} for block, named in blocks.items()}
 
 
 def save_blocks(blocks: BlockTensors, file: Path) -> None:

@@ -173,7 +173,7 @@ def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
 def write_stage(context: Context, stage: Stage) -> set[str]:
     """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
     from pdtrim_deploy.models.block_tensors import cast, save_blocks
-    from pdtrim_deploy.models.kv_only import divide
+    from pdtrim_deploy.models.second_tensors import divide
     from pdtrim_deploy.models.surgery import write_stage as write
 
     plan, changed = context.plan, heal_kv.changed(context).get(stage, {})

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
-from pdtrim_deploy.models.kv_only import attach, divide
+from pdtrim_deploy.models.kv_only import attach
+from pdtrim_deploy.models.second_tensors import divide
 from pdtrim_deploy.models.surgery import Replacements, keep_blocks
 from pdtrim_deploy.plan import Action, PDPlan, Stage
 

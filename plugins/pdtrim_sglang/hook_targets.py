@@ -24,6 +24,7 @@ NEXT_STEP, LONGEST, LEAKS = (
     f"{CAPACITY}.check_decode_capacity", f"{CAPACITY}.max_new_tokens_for_memory", f"{CAPACITY}.verify_byte_accounting",
 )  # fmt: skip
 CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree"
+REUSABLE = "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len"
 FIRST_DRAFT = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.build_disagg_draft_input"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
 FUSED_STORE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
@@ -49,7 +50,7 @@ TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, READMISSION, SEND_METADATA,
     EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, LOADED, NORMALISE,
     FRONT_END, VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS, CHECKPOINT, PROCESS_WEIGHTS, SCHEME,
-    KV_DTYPE, CONFIGURE, BUDGET, FUSED_STORE, FIRST_DRAFT,
+    KV_DTYPE, CONFIGURE, BUDGET, FUSED_STORE, FIRST_DRAFT, REUSABLE,
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill_rooms import PrefillRooms
 from pdtrim_sglang.progress import RoomProgress
+from pdtrim_sglang.prompt_tail.tails import PromptTails
 from pdtrim_sglang.request_pages import WaitingPages
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sessions import Sessions
@@ -37,12 +38,14 @@ logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 class PrefillSide:
     """The rooms and decode workers of this worker, its control channel, and what its scheduler calls.
 
-    `staging` is made when the worker's model is an engine that packs the rows to send (`stage_in_engine`), `layerwise`
-    when rows of finished layers are to leave during a forward pass (`send_by_layer`).
+    `tails` are those of a model whose plan has a tail, `staging` is made when the worker's model is an engine that
+    packs the rows to send (`stage_in_engine`), `layerwise` when rows of finished layers are to leave during a forward
+    pass (`send_by_layer`).
     """
 
     staging: Staging | None = None
     layerwise: LayerwiseSends | None = None
+    tails: PromptTails | None = None
 
     def __init__(
         self,
@@ -90,6 +93,8 @@ class PrefillSide:
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
         self._waiting.expect(rid, room)
+        if self.tails is not None:
+            self.tails.expect(rid, room, prompt_tokens)
         if self.staging is not None:
             self.staging.expect(rid, room, prompt_tokens)
         if self.layerwise is not None:
@@ -101,6 +106,11 @@ class PrefillSide:
         early = nullcontext() if self.layerwise is None else self.layerwise.moving(rid, pages)
         with self._waiting.moving(rid, pages, self._pool), early:
             yield
+
+    @property
+    def prompt_tail(self) -> int:
+        """Last tokens of a prompt whose rows depend on where it ends: none is reused, or kept for other prompts."""
+        return self._plan.kv_only_tail
 
     def first_sent(self, reused_tokens: int) -> int:
         """The first token that is sent of a prompt, of whose first `reused_tokens` decode's full layers have rows."""
@@ -120,6 +130,8 @@ class PrefillSide:
         if self.layerwise is not None:  # first, so that no part leaves for a room without a sender
             self.layerwise.forget(room)
         self._waiting.forget(room)
+        if self.tails is not None:
+            self.tails.forget(room)
         self.rooms.sender_closed(room, opened)
         self.sessions.forget(room)
         if self.staging is not None:

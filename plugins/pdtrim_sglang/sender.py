@@ -41,6 +41,11 @@ class PDTrimKVSender(CommonKVSender):
         self.prompt_tokens = prompt_tokens
         self.kv_mgr.prefill_side.expect(rid, self.bootstrap_room, prompt_tokens)
 
+    @property
+    def prompt_tail(self) -> int:
+        """As `PrefillSide.prompt_tail`."""
+        return self.kv_mgr.prefill_side.prompt_tail
+
     def pop_decode_prefix_len(self) -> int:
         """From which prompt token on SGLang is to hand over chunks: cut layers need earlier ones than full layers.
 

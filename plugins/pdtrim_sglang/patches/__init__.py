@@ -19,6 +19,7 @@ def install() -> None:
     HookRegistry.register(hook_targets.DECODE_MANAGER, transfer.attach_pool, HookType.AFTER)
     HookRegistry.register(hook_targets.DECODE_MANAGER, reuse.keep_received_rows_only, HookType.AFTER)
     HookRegistry.register(hook_targets.CHECKPOINT, reuse.insert_rows, HookType.AROUND)
+    HookRegistry.register(hook_targets.REUSABLE, reuse.reusable_tokens, HookType.AROUND)
     HookRegistry.register(hook_targets.KV_DTYPE, memory.choose_kv_dtype, HookType.AROUND)
     HookRegistry.register(hook_targets.CONFIGURE, memory.configure_pool, HookType.AROUND)
     HookRegistry.register(hook_targets.CELL_SIZE, memory.kept_cell_size, HookType.AROUND)

@@ -4,7 +4,9 @@ SGLang inserts a request's prompt when its transfer is complete, and prompt and 
 answer's rows come from another model than prefill's, or have not been quantised, so the next turn's prefill would send
 other ones. The prompt's rows depend on the tokens before them alone: they are what prefill would send again.
 
-Prefill's may exchange a request's pages when it inserts them: rows that leave layer by layer are read before or after.
+Where a plan has a tail, prefill's rows of the last prompt tokens depend on where the prompt ends: they are neither kept
+in the cache nor taken from it. Prefill's may exchange a request's pages when it inserts them: rows that leave layer by
+layer are read before or after.
 """
 
 from __future__ import annotations
@@ -38,10 +40,18 @@ def keep_received_rows_only(manager: Any, queue: Any) -> Any:
     return manager
 
 
+def reusable_tokens(original: Callable[..., int], req: Any, input_len: int) -> int:
+    """How many tokens of a prompt its prefix may come from the cache: on prefill none of the plan's tail."""
+    tail = getattr(getattr(req, "disagg_kv_sender", None), "prompt_tail", 0)
+    return max(0, min(original(req, input_len), input_len - tail))
+
+
 def insert_rows(original: Callable[..., None], tree: Any, req: Any, *, up_to: int, **others: Any) -> None:
-    """Insert the request's first `up_to` tokens, on decode without those that it has generated."""
+    """Insert the request's first `up_to` tokens: on decode no generated ones, on prefill none of the plan's tail."""
     if getattr(tree, "pdtrim_received_only", False):
         up_to = min(up_to, prompt_tokens(req))
+    if tail := getattr(tree, "pdtrim_tail", 0):
+        up_to = max(0, min(up_to, prompt_tokens(req) - tail))
     moving = getattr(tree, "pdtrim_moving", None)
     with nullcontext() if moving is None else moving(req):
         original(tree, req, up_to=up_to, **others)

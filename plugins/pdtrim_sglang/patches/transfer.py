@@ -57,6 +57,9 @@ def attach_pool(manager: Any, queue: Any) -> Any:
         attach(queue.token_to_kv_pool, runner.model, draft_pool)
         if (side := getattr(manager, "prefill_side", None)) is not None:
             tree = queue.scheduler.tree_cache
+            if (tails := getattr(runner, "pdtrim_tails", None)) is not None:
+                side.tails, tree.pdtrim_tail = tails, side.prompt_tail
+                tails.follow(runner)
             if side.layerwise is not None:
                 passes.follow(runner, tree, side.layerwise)
             passes.follow_pages(runner, tree, side)

@@ -7,6 +7,7 @@ from typing import Any
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang.requirements.decode import check_decode
+from pdtrim_sglang.requirements.prompt_tail import check_prompt_tail
 from pdtrim_sglang.requirements.states import check_states_served
 from pdtrim_sglang.speculation import check_speculation
 
@@ -29,6 +30,7 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
     check_lora(server_args, plan)
     _check_digest(server_args, plan, kv_args.page_size)
     _check_shared_storage(server_args, plan)
+    check_prompt_tail(server_args, plan)
     if plan is not None and server_args.disaggregation_mode == "decode":
         check_decode(server_args, plan, is_mla_backend)
 

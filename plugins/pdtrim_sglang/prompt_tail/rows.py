@@ -1,0 +1,80 @@
+"""Which rows of a prefill batch belong to the tails of their prompts, and the batch as SGLang would have it of these.
+
+Written against ForwardBatch of SGLang 0.5.23 (model_executor/forward_batch_info.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TailRows:
+    """Rows of a batch, int64 on its device, and a batch of them alone; `everything`: of all its rows."""
+
+    rows: Tensor
+    batch: Any
+    everything: bool
+
+
+def tail_lengths(
+    rids: Sequence[str], prefixes: Sequence[int], extends: Sequence[int], prompts: Mapping[str, int], tail: int
+) -> list[int]:
+    """By request, how many of the tokens that the batch computes are among the last `tail` of its prompt.
+
+    Requests that `prompts` does not know have no tail: SGLang's warm-up, and those that were aborted.
+    """
+    lengths = []
+    for rid, prefix, extend in zip(rids, prefixes, extends, strict=True):
+        prompt = prompts.get(rid)
+        begin = prefix + extend if prompt is None else prompt - tail
+        lengths.append(min(extend, max(0, prefix + extend - begin)))
+    return lengths
+
+
+def tail_rows(batch: Any, lengths: Sequence[int]) -> TailRows | None:
+    """The last `lengths` rows of each request of an extend batch; None where there are none."""
+    places = [place for place, length in enumerate(lengths) if length]
+    if not places:
+        return None
+    counts, ends = [lengths[place] for place in places], list(accumulate(batch.extend_seq_lens_cpu))
+    spans = [torch.arange(ends[place] - lengths[place], ends[place]) for place in places]
+    device = batch.seq_lens.device
+    rows, requests = _on(torch.cat(spans), device), _on(torch.tensor(places), device)
+    view = copy.copy(batch)
+    view.batch_size, view.extend_num_tokens = len(places), sum(counts)
+    for name in ("req_pool_indices", "seq_lens", "orig_seq_lens"):
+        setattr(view, name, _picked(getattr(batch, name, None), requests))
+    for name in ("seq_lens_cpu", "req_pool_indices_cpu"):
+        setattr(view, name, _picked(getattr(batch, name, None), torch.tensor(places)))
+    for name in ("input_ids", "positions", "out_cache_loc"):
+        setattr(view, name, getattr(batch, name)[rows])
+    view.rids = [batch.rids[place] for place in places]
+    view.extend_seq_lens_cpu = counts
+    view.extend_prefix_lens_cpu = [
+        batch.extend_prefix_lens_cpu[place] + batch.extend_seq_lens_cpu[place] - lengths[place] for place in places
+    ]
+    lens = torch.tensor([counts, view.extend_prefix_lens_cpu], dtype=batch.extend_seq_lens.dtype)
+    view.extend_seq_lens, view.extend_prefix_lens = _on(lens, device)
+    view.extend_start_loc = view.extend_seq_lens.cumsum(0).to(view.extend_seq_lens.dtype) - view.extend_seq_lens
+    view.seq_lens_sum = sum(counts) + sum(view.extend_prefix_lens_cpu)
+    view.global_num_token_non_padded_cpu = view.extend_num_tokens
+    view.residual_stream = view.num_token_non_padded = view.global_num_token_non_padded = None
+    everything = counts == list(batch.extend_seq_lens_cpu)
+    return TailRows(rows, view, everything)
+
+
+def _picked(values: Tensor | None, places: Tensor) -> Tensor | None:
+    return None if values is None else values[places]
+
+
+def _on(values: Tensor, device: torch.device) -> Tensor:
+    """On a GPU without a wait: from pinned memory, which torch keeps until the copy has ended."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

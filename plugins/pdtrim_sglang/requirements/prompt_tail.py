@@ -1,0 +1,40 @@
+"""Options of SGLang with which a plan's tail would be computed wrongly, or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdtrim_deploy.plan import PDPlan
+
+
+def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
+    """Raise RuntimeError for the first option that a plan with a tail cannot be served with."""
+    if plan is None or not plan.kv_only_tail:
+        return
+    what = f"the plan runs the last {plan.kv_only_tail} prompt tokens of some layers whole"
+    if server_args.disaggregation_mode == "decode":
+        if server_args.disaggregation_decode_enable_radix_cache:
+            raise RuntimeError(
+                f"pdtrim: {what}, so that their K and V depend on where the prompt ends, and decode would reuse those "
+                "of other prompts: start decode without --disaggregation-decode-enable-radix-cache"
+            )
+        return
+    _check_prefill(server_args, what)
+
+
+def _check_prefill(server_args: Any, what: str) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Phase, check_cuda_graph_backend
+
+    if not check_cuda_graph_backend(Phase.PREFILL, "disabled"):
+        raise RuntimeError(
+            f"pdtrim: {what}, as many as a batch has, which no graph of prefill knows: start prefill with "
+            "--cuda-graph-backend-prefill disabled"
+        )
+    for option in ("enable_two_batch_overlap", "enable_streaming_session", "enable_lmcache", "enable_flexkv"):
+        if getattr(server_args, option):
+            raise RuntimeError(f"pdtrim: {what}: start prefill without --{option.replace('_', '-')}")
+    if server_args.radix_cache_backend is not None and not server_args.disable_radix_cache:
+        raise RuntimeError(
+            f"pdtrim: {what}, which only SGLang's own radix cache leaves out: start prefill without "
+            "--radix-cache-backend, or with --disable-radix-cache"
+        )
