@@ -39,22 +39,24 @@ def attach(model: CausalLM, plan: PDPlan, projections: BlockTensors) -> CausalLM
 
 def check_attached(model: CausalLM, plan: PDPlan) -> None:
     """Raise ValueError where the plan's prefill has a tail and the model no second projections."""
-    if plan.kv_only_tail and any(_alone(model.model.layers[layer]) is None for layer in plan.kv_only_layers):
+    if plan.kv_only_tail and not all(attached(model.model.layers[layer]) for layer in plan.kv_only_layers):
         raise ValueError("the prefill model has no second K and V projections, which the plan's tail asks for")
+
+
+def attached(layer: nn.Module) -> bool:
+    """Whether the layer has second projections: it runs whole for a tail alone."""
+    return _ALONE in vars(layer)
 
 
 def advance(run: LayerRun, kvs: Sequence[LayerKV], tail: int) -> None:
     """Take whole prompts through the next layer: their last `tail` tokens run it whole, the others for K and V."""
     layer = run.layer
-    alone = _alone(run.runner.layers[layer])
+    alone = vars(run.runner.layers[layer])[_ALONE]
     for at, (hidden, kv) in enumerate(zip(run.states, kvs, strict=True)):
         before, last = hidden.split([max(0, hidden.shape[1] - tail), min(tail, hidden.shape[1])], 1)
         if before.shape[1]:
             run.runner.block(layer, before, run.runner.span(before), kv, alone)
-        last = run.runner.block(layer, last, run.runner.span(last, before.shape[1]), kv)
+        if last.shape[1]:
+            last = run.runner.block(layer, last, run.runner.span(last, before.shape[1]), kv)
         run.states[at] = torch.cat((before.to(last.device), last), 1)
     run.skip()
-
-
-def _alone(layer: nn.Module) -> nn.Module | None:
-    return vars(layer).get(_ALONE)

@@ -134,11 +134,11 @@ class PDOracle:
         dtype, home = getattr(torch, self.plan.model.row_dtype), self._prefill.home
         pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
         kept: list[list[State]] = [[] for _ in parts]
-        run, tail = LayerRun(self._prefill, parts), self.plan.kv_only_tail
+        run = LayerRun(self._prefill, parts)
         while run.running:
             kvs = [LayerKV(pool=self.fp8_pool) for _ in parts]
-            if tail and run.layer in self.plan.kv_only_layers:
-                kv_only.advance(run, kvs, tail)
+            if kv_only.attached(self._prefill.layers[run.layer]):
+                kv_only.advance(run, kvs, self.plan.kv_only_tail)
             else:
                 run.advance(kvs)
             for pool, states, kv in zip(pools, kept, kvs, strict=True):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.layer_boundary.residual import batch as residual
 from torch import Tensor, nn
 
@@ -65,7 +66,8 @@ class SecondProjections(nn.Module):
     def __init__(self, attention: Any, second: Mapping[str, Tensor]) -> None:
         super().__init__()
         qkv, self._queries, size = attention.qkv_proj, attention.q_size, attention.kv_size
-        first = qkv.tp_rank // qkv.num_kv_head_replicas * size
+        rank, _ = get_group_rank_size(qkv.kv_tp_group)
+        first = rank // qkv.num_kv_head_replicas * size
         sides = [f"self_attn.{side}_proj" for side in "kv"]
         weights = [second[f"{side}.weight"][first : first + size] for side in sides]
         self.weight: Tensor = torch.cat(weights).to(qkv.weight.device)
