@@ -1,4 +1,4 @@
-"""KV-only blocks of prefill that run the last tokens of a prompt whole, by the length of this tail -> results/tail.json.
+"""KV-only blocks of prefill that run a prompt's last tokens whole, by the length of this tail -> results/tail.json.
 
 `make bench-tail`. In float32, decode as it was, KV native. One prefill a model: SmolLM2-135M with 12 of 30 blocks that
 make K and V alone, trained as in bench-kvdistil, or Qwen2.5-Coder-0.5B with 6 of 24, by least squares, as in
