@@ -174,7 +174,9 @@ def judge(
         rows.append(Row(group.name, len(answer.prompt), answer.cached_tokens, error, shift))
         if len(answer.prompt) >= CONTROL_MIN_TOKENS and all(len(errors) < CONTROL_PROMPTS for errors in wrong.values()):
             for name, control in wrong_oracles(oracle, len(answer.prompt)).items():
-                other = control.score(state, tokens[None])[0]
+                same = control.plan.kv_only_tail == oracle.plan.kv_only_tail
+                held = state if same else control.prefill(torch.tensor([answer.prompt]))
+                other = control.score(held, tokens[None])[0]
                 wrong.setdefault(name, []).append((reported - other).abs().max().item())
     dtype = oracle.plan.model.kv_dtype
     measured, moved, allowed = _sizes(rows, dtype)
