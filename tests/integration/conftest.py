@@ -87,7 +87,8 @@ def bundle(smollm2_bundle):
 def tiny_bundle(tiny_model, real_cache, tmp_path_factory):
     """Of a random Llama of 14 blocks, with a vocabulary that holds the token numbers which tests send.
 
-    Its RoPE is scaled as Llama 3.1's, behind a first context that most prompts pass.
+    Its RoPE is scaled as Llama 3.1's, behind a first context that most prompts pass. Three blocks of prefill make K and
+    V alone, but for the last 50 tokens of a prompt.
     """
     folder = tmp_path_factory.mktemp("tiny")
     sizes = {"num_hidden_layers": 14, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 4096}
@@ -101,6 +102,7 @@ def tiny_bundle(tiny_model, real_cache, tmp_path_factory):
         "calibration": {"corpus": "brown", "sequences": 2, "length": 64},
         "evaluation": {"corpus": "brown", "sequences": 2, "prompt_tokens": 64, "continuation_tokens": 16},
         "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
+        "healing": {"kv_only_blocks": 3, "kv_only_tail": 50, "sequences": 8, "length": 32},
         "kv": {"method": "all", "n_first": 4, "n_last": 24},
     }
     build(Recipe.model_validate(recipe), folder / "bundle", real_cache)

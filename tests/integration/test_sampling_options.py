@@ -10,8 +10,7 @@ import httpx
 import pytest
 import torch
 
-from pdtrim_deploy.models.loading import load_model
-from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 
 pytestmark = [
     pytest.mark.serve,
@@ -26,8 +25,7 @@ TOLERANCE = 1e-3  # nats, float32
 
 @pytest.fixture(scope="module")
 def oracle(mixed_bundle):
-    folders = (mixed_bundle.prefill_dir, mixed_bundle.decode_dir)
-    return PDOracle(*(load_model(folder, "float32") for folder in folders), mixed_bundle.plan)
+    return oracle_of(mixed_bundle, lambda _: None, None)
 
 
 def generate(pair, prompt=PROMPT, **sampling):

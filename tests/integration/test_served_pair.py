@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.client import ask
-from pdtrim_deploy.models.loading import load_model, load_tokenizer
-from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.serving.metrics import scrape
 
 STAGING_BYTES = 8 << 20  # of SmolLM2's pair: a fourth of the default, which takes 3,400 tokens to fill
@@ -85,8 +85,7 @@ def test_a_prompt_longer_than_the_staging_buffer_goes_in_several_chunks(pair, bu
     prompt = text[0].tolist()[:tokens]
     group = Group("long", "in turn", (tuple(prompt),))
     served = [(group, response) for response in ask(pair.url, group, 4, 300.0)]
-    models = (load_model(folder, "float32") for folder in (bundle.prefill_dir, bundle.decode_dir))
-    result = judge(PDOracle(*models, bundle.plan), served)
+    result = judge(oracle_of(bundle, lambda _: None, None), served)
     assert result.max_logprob_error <= result.tolerance
 
 

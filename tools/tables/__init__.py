@@ -27,6 +27,7 @@ from tables import (
     serving,
     shares,
     sublayers,
+    tail,
     width,
 )
 
@@ -82,6 +83,7 @@ TABLES = {
     "kvdistil": Table(("kvdistil",), kvdistil.kvdistil, optional=True),
     "kvdistilbrown": Table(("kvdistilbrown",), kvdistil_brown.kvdistilbrown),
     "kvdistilchoice": Table(("kvdistil",), kvdistil.kvdistilchoice, optional=True),
+    "tail": Table(("tail",), tail.tail, optional=True),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),
     "quality": Table(("quality",), quality.quality),
     "served": Table(("served",), serving.served),

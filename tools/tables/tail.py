@@ -1,0 +1,58 @@
+"""KV-only blocks whose prompts' last tokens run whole, by the length of this tail: losses, needles, prefill's work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import exp, sqrt
+from statistics import fmean
+from typing import Any
+
+from tables.base import commits, paired, precision, rise, table, where
+
+CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
+Rows = dict[Any, dict[str, Any]]
+"""By corpus, or `needle`."""
+
+
+def tail(data: dict[str, Any] | None) -> str:
+    """By model, prompt length and tail; plans that were not judged on everything are left out."""
+    if data is None:
+        return "Not measured yet: `make bench-tail` writes it."
+    lines = [_line(*key, rows, dense) for *key, rows, dense in judged(data)]
+    head = ("model", "prompt tokens", "tail", "prefill's work", *CORPORA.values(), "all", "needles, dense")
+    options = data["options"]
+    text = (
+        f"{options['texts']} continuations of {options['continuation']} tokens of each corpus' final split after "
+        f"prompts of up to 512 tokens, {options['long']} after longer ones; rise of perplexity over dense, ± one "
+        "paired standard error; all: geometric mean of the four; prefill's work: of the blocks' of the unpruned model, "
+        "by arithmetic; needles: facts inside a prompt that are answered right"
+    )
+    used = commits(row["commit"] for row in data["rows"])
+    return table(head, lines) + where(data["environment"], text, used, model="")
+
+
+def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, int, Rows, Rows]]:
+    """Model, prompt tokens, tail, its rows and dense's, of everything that was judged whole."""
+    grouped: dict[tuple[str, int, int | None], Rows] = {}
+    for row in data["rows"]:
+        grouped.setdefault((row["model"], row["prompt"], row["tail"]), {})[row["corpus"]] = row
+    whole = {key: rows for key, rows in grouped.items() if {*CORPORA, "needle"} <= rows.keys()}
+    for (model, prompt, tokens), rows in whole.items():
+        if tokens is not None and (dense := whole.get((model, prompt, None))):
+            yield model, prompt, tokens, rows, dense
+
+
+def of_all(rows: Rows, dense: Rows) -> str:
+    """Geometric mean of the ratios of the corpora, each of the same weight: `4.2% ± 0.8%`."""
+    means, errors = zip(*(paired(rows[corpus]["nll"], dense[corpus]["nll"]) for corpus in CORPORA), strict=True)
+    ratio = exp(fmean(means))
+    return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
+
+
+def _line(model: str, prompt: int, tokens: int, rows: Rows, dense: Rows) -> tuple[object, ...]:
+    losses = [rise(rows[corpus]["nll"], dense[corpus]["nll"]) for corpus in CORPORA]
+    right, of_dense = (sum(part["needle"]["right"]) for part in (rows, dense))
+    needles = f"{right} of {len(rows['needle']['right'])}, {of_dense}"
+    work = f"{rows['brown']['share']:.2f}"
+    blocks = f"{model} ({precision(model)}), {len(rows['brown']['which'])} KV-only blocks"
+    return blocks, f"{prompt:,}", tokens or "none", work, *losses, of_all(rows, dense), needles
