@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
+from pdtrim_deploy.models import kv_only
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
+from pdtrim_deploy.models.layer_run import LayerRun
 
 pytestmark = [
     pytest.mark.serve,
@@ -116,10 +120,21 @@ def test_a_seed_is_taken_and_draws_as_without(mixed_pair):
     assert len(drawn) == 3
 
 
+def prompt_logits(oracle, ids):
+    """Of every position, by prefill as the plan has it."""
+    run = LayerRun(Blockwise(oracle.prefill_model), [ids])
+    while run.running:
+        if kv_only.attached(run.runner.layers[run.layer]):
+            kv_only.advance(run, [LayerKV()], oracle.plan.kv_only_tail)
+        else:
+            run.advance()
+    return run.runner.logits(run.states[0])
+
+
 def test_logprobs_of_a_prompt_are_prefills(mixed_pair, oracle):
     """Of all its tokens but the first, and of those behind `logprob_start_len` alone."""
     with torch.no_grad():
-        logits = oracle.prefill_model(torch.tensor([PROMPT])).logits[0]
+        logits = prompt_logits(oracle, torch.tensor([PROMPT]))[0]
     expected = logits.log_softmax(1)[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
     for start in (0, 70):
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}, "return_logprob": True}
