@@ -46,7 +46,7 @@ class Table:
 
 TABLES = {
     "switches": Table(
-        ("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated", "equalbytes"), front.switches
+        ("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated", "equalbytes", "tail"), front.switches
     ),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),

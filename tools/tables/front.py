@@ -8,6 +8,7 @@ from typing import Any
 from tables.base import interval, rise, table, weights
 from tables.kv import uniform
 from tables.kvdistil import CORPORA, pairs, rises
+from tables.tail import judged, of_all
 
 HELD_OUT = 64  # tokens of each continuation of bench-equalbytes
 Data = dict[str, Any]
@@ -25,6 +26,7 @@ def switches(
     claims: Data,
     generated: Data,
     equalbytes: Data,
+    tail: Data,
 ) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
@@ -45,6 +47,7 @@ def switches(
             ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()) + _alone_answers(generated),
             "[blocks](docs/benchmarks/blocks.md)",
         ),
+        _tail(tail),
         (
             f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
             f"{interval(claims['ratios'], 'output tokens/s')} times the output tokens/s, "
@@ -54,15 +57,36 @@ def switches(
         ),
     ]
     planned_tokens = len(next(_of_smollm2(equalbytes))["values"]["brown 512"]["nll"]) * HELD_OUT
-    judged = min(planned_tokens, _tokens(wire) or planned_tokens)
+    fewest = min(planned_tokens, _tokens(wire) or planned_tokens)
     caption = (
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
-        f"of {judged:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
+        f"of {fewest:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
         "CPU's. "
         f"Model: {weights()}, computed in float32{_more(wire)}. "
         "Only the perplexities of the quantised wires and of the budget plan were measured with key scales."
     )
     return table(("switch", "saves", "costs", "measured"), body) + caption
+
+
+def _tail(tail: Data) -> tuple[str, str, str, str]:
+    """The row of the longest tail that was judged at every prompt length, beside no tail."""
+    ours = {(prompt, tokens): rest for model, prompt, tokens, *rest in judged(tail) if model == "SmolLM2-135M"}
+    prompts = sorted({prompt for prompt, _ in ours})
+    longest = max(tokens for _, tokens in ours if all((prompt, tokens) in ours for prompt in prompts))
+    work, costs = [], []
+    for prompt in prompts:
+        rows, dense = ours[prompt, longest]
+        work.append(f"{rows['brown']['share']:.2f} at {prompt:,}")
+        without = f" ({of_all(*ours[prompt, 0])} without a tail)" if (prompt, 0) in ours else ""
+        costs.append(f"{of_all(rows, dense)}{without} after {prompt:,} prompt tokens, mean of four kinds of text")
+    count = len(rows["brown"]["which"])
+    return (
+        f"KV-only prefill with a tail: {count} of 30 blocks, but the last {longest} tokens of a prompt run all blocks: "
+        "`include: [units/healing/kv-only-12-tail.yaml]`",
+        f"work of prefill's blocks: {', '.join(work)} prompt tokens (arithmetic)",
+        "; ".join(costs),
+        "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
+    )
 
 
 def _trained(kvdistil: Data, alone: int) -> tuple[Data, dict[str, str]]:

@@ -33,6 +33,11 @@ def _check_prefill(server_args: Any, what: str) -> None:
     for option in ("enable_two_batch_overlap", "enable_streaming_session", "enable_lmcache", "enable_flexkv"):
         if getattr(server_args, option):
             raise RuntimeError(f"pdtrim: {what}: start prefill without --{option.replace('_', '-')}")
+    if server_args.enable_dp_attention:
+        raise RuntimeError(
+            f"pdtrim: {what}, and groups of data-parallel attention wait for each other in every layer that some of "
+            "them skip: start prefill without --enable-dp-attention"
+        )
     if server_args.radix_cache_backend is not None and not server_args.disable_radix_cache:
         raise RuntimeError(
             f"pdtrim: {what}, which only SGLang's own radix cache leaves out: start prefill without "
