@@ -187,13 +187,44 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     right = {"dense": [1, 1, 1], "uniform k4v3": [1, 0, 1], "6 of 24 blocks K and V alone in prefill": [0, 0, 1]}
     answers = [{"plan": plan, "task": "humaneval", "right": values} for plan, values in right.items()]
     sources["generated"] = {"rows": [*answers, {"plan": "uniform int4", "task": "gsm8k", "right": [1]}]}
+    judged = {"uniform int4": 1.002, "uniform k4v3": 1.006}
+    sources["quality"] = {
+        "rows": [
+            {"model": "SmolLM2-135M", "part": part, "plan": plan, "recovery": score, "se": 0.001}
+            for plan, score in judged.items()
+            for part in ("prose", "dialogue", "code")
+        ]
+    }
     text = tool.TABLES["switches"].render(*sources.values())
-    assert "| 0.2% ± 0.1% on SmolLM2-135M, 0.4% ± 0.1% on Qwen2.5-Coder-0.5B |" in text
-    cost = "0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B, which solves 2 of HumanEval's 3 problems"
+    kinds = "{0} on prose, {0} on agents' conversations, {0} on code"
+    cost = kinds.format("0.20% ± 0.10%")
+    assert f"| SmolLM2-135M: {cost}; Qwen2.5-Coder-0.5B: 0.4% ± 0.1% on prose |" in text
+    cost = f"SmolLM2-135M: {kinds.format('0.60% ± 0.10%')}; Qwen2.5-Coder-0.5B: 1.5% ± 0.1% on prose"
+    cost += "; it solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
     alone = "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
     assert alone in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
+
+
+def tail_rows(losses, prompts=(448, 1920), corpora=("brown", "austen", "code", "agents")):
+    about = {"model": "SmolLM2-135M", "which": [3, 5], "share": 0.64, "commit": "abc"}
+    for prompt in prompts:
+        for tokens, loss in losses.items():
+            row = about | {"prompt": prompt, "tail": tokens}
+            yield from (row | {"corpus": corpus, "nll": [loss + 0.01 * at, loss]} for at, corpus in enumerate(corpora))
+            yield row | {"corpus": "needle", "right": [1, 0, int(tokens is None)]}
+
+
+def test_tails_beside_dense_where_everything_was_judged(tool):
+    options = {"texts": 2, "long": 2, "continuation": 8}
+    rows = [*tail_rows({None: 3.0, 0: 3.05, 64: 3.02}), *tail_rows({128: 3.0}, corpora=("brown",))]
+    text = tool.TABLES["tail"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
+    same = "5.1% ± 0.0%"
+    blocks = "SmolLM2-135M (Q4_1), 2 KV-only blocks"
+    assert f"| {blocks} | 448 | none | 0.64 | {same} | {same} | {same} | {same} | {same} | 1 of 3, 2 |" in text
+    assert f"| {blocks} | 1,920 | 64 | 0.64 | 2.0% ± 0.0% |" in text
+    assert "| 128 |" not in text
 
 
 def kvdistil_row(corpus, loss, split="final", kv="native", commit="abc", **setting):
@@ -396,8 +427,9 @@ def test_sublayers_are_paired_with_blocks_of_their_weights_and_draw(tool):
 
 
 def test_the_front_page_has_the_budget_plans(tool):
-    sources = [json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources]
-    budget = next(row for row in sources[-1]["rows"] if row["plan"] == "budget 4.95x")
+    names = tool.TABLES["switches"].sources
+    sources = [json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in names]
+    budget = next(row for row in sources[names.index("equalbytes")]["rows"] if row["plan"] == "budget 4.95x")
     budget["values"]["needle 512"]["exact"][0] = 0.0
     count = len(budget["values"]["needle 512"]["exact"])
     assert f"; {count - 1} of {count} facts hidden in a prompt were found" in tool.TABLES["switches"].render(*sources)

@@ -46,7 +46,8 @@ class Table:
 
 TABLES = {
     "switches": Table(
-        ("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated", "equalbytes", "tail"), front.switches
+        ("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated", "equalbytes", "tail", "quality"),
+        front.switches,
     ),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),

@@ -14,6 +14,7 @@ HELD_OUT = 64  # tokens of each continuation of bench-equalbytes
 Data = dict[str, Any]
 
 
+_KINDS = {"prose": "prose", "dialogue": "agents' conversations", "code": "code"}
 _UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
 
 
@@ -27,6 +28,7 @@ def switches(
     generated: Data,
     equalbytes: Data,
     tail: Data,
+    quality: Data,
 ) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
@@ -38,7 +40,7 @@ def switches(
     losses = {row["way"]: row["loss"] for row in heal["rows"]}
     refitted, healed = (rise(losses[name], losses["dense"]) for name in ("unhealed", "logits, 1e-4"))
     body = [
-        *(_uniform(dtype, rows[f"dense {dtype}", None], wire, generated) for dtype in _UNIFORM),
+        *(_uniform(dtype, rows[f"dense {dtype}", None], wire, generated, quality) for dtype in _UNIFORM),
         _budget(equalbytes),
         (
             f"KV-only prefill: {alone} of 30 blocks compute only K and V, prefill is trained for {steps} steps: "
@@ -162,16 +164,19 @@ def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
     )
 
 
-def _uniform(dtype: str, kv: Data, wire: Data, generated: Data) -> tuple[str, str, str, str]:
-    """The row of a uniform wire dtype: losses on each model of bench-wire, or bench-kv's; answers that were right."""
-    losses = uniform(wire["rows"], dtype)
-    cost = ", ".join(f"{row['ratio'] - 1:.1%} ± {row['error']:.1%} on {name}" for name, row in losses.items())
+def _uniform(dtype: str, kv: Data, wire: Data, generated: Data, quality: Data) -> tuple[str, str, str, str]:
+    """The row of a uniform wire dtype: losses of SmolLM2 by kind of text, of other models; answers that were right."""
+    judged_on = {row["part"]: row for row in quality["rows"] if row["plan"] == f"uniform {dtype}"}
+    losses = [(name, judged_on[part]["recovery"] - 1, judged_on[part]["se"]) for part, name in _KINDS.items()]
+    cost = "SmolLM2-135M: " + ", ".join(f"{loss:.2%} ± {error:.2%} on {name}" for name, loss, error in losses)
+    (*_, (other, prose)) = uniform(wire["rows"], dtype).items()
+    cost += f"; {other}: {prose['ratio'] - 1:.1%} ± {prose['error']:.1%} on prose"
     right = {
         row["plan"].removeprefix("uniform "): row["right"] for row in generated["rows"] if row["task"] == "humaneval"
     }
     if dtype in right:
         answers = right[dtype]
-        cost += f", which solves {sum(answers)} of HumanEval's {len(answers)} problems, dense {sum(right['dense'])}"
+        cost += f"; it solves {sum(answers)} of HumanEval's {len(answers)} problems, dense {sum(right['dense'])}"
     return (
         f"quantised wire, {_UNIFORM[dtype]}: `kv: {{method: none, wire_dtype: {dtype}}}`",
         f"{kv['reduction']:.1f}x KV bytes",
