@@ -68,6 +68,7 @@ def cluster_of(
             f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    options = replace(options, tail=bundle.plan.kv_only_tail > 0)
     options = replace(options, sinks=known_family(bundle.plan.model.architecture).sinks)
     options = replace(options, conv_dtype=bundle.plan.model.conv_dtype)
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
