@@ -5,12 +5,11 @@ They lie beside the prefill checkpoint, whose own tensors the tail runs through 
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.block_tensors import BlockTensors, read_blocks
 from pdtrim_deploy.models.outputs import OUTPUTS
+from pdtrim_deploy.models.second_file import check_second
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.blocks import KV_ONLY
 
@@ -34,18 +33,5 @@ def read_second(folder: Path, plan: PDPlan) -> BlockTensors:
         UserError: the file is missing or damaged, or is not of the plan's blocks and heads.
 
     """
-    path, blocks = folder / KV_ONLY, {plan.prefill_layers[layer] for layer in plan.kv_only_layers}
-    again = "copy it from the bundle that the plan is of, or build the bundle again"
-    if not path.is_file():
-        raise UserError(f"{path}: missing, and with it the plan's second K and V projections; {again}")
-    try:
-        tensors = read_blocks(path)
-    except Exception:  # safetensors raises its own
-        raise UserError(f"{path}: truncated, or not a file of second K and V projections; {again}") from None
-    if set(tensors) != blocks:
-        raise UserError(f"{path}: is of blocks {sorted(tensors)}, the plan's are {sorted(blocks)}; {again}")
-    rows = plan.model.num_kv_heads * plan.model.head_dim
-    for block, name in product(sorted(blocks), ("self_attn.k_proj.weight", "self_attn.v_proj.weight")):
-        if (tensor := tensors[block].get(name)) is None or tensor.dim() != 2 or len(tensor) != rows:
-            raise UserError(f"{path}: has no {name} of {rows} rows for block {block}; {again}")
-    return tensors
+    check_second(folder, plan)
+    return read_blocks(folder / KV_ONLY)

@@ -9,6 +9,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import CalibrationSection, PruningSection, Recipe
 from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
+from pdtrim_deploy.recipe.targets import TARGETS
 from pdtrim_deploy.recipe.yaml_units import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -106,6 +107,26 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         (
             "healing: {kv_only_blocks: 1, sequences: 8, fit_sequences: 9}",
             "r.yaml: healing.fit_sequences is 9 but sequences is 8; allowed: at most as many",
+        ),
+        ("healing: {kv_only_tail: -1}", "r.yaml: healing.kv_only_tail is -1; allowed: an integer of at least 0"),
+        (
+            "healing: {kv_only_tail: 64}",
+            "kv_only_tail is 64 but kv_only_blocks is 0; allowed with it: kv_only_blocks of at least 1, and no target",
+        ),
+        (
+            "target: {itl: 0.8}\nhealing: {kv_only_tail: 64}",
+            "kv_only_tail is 64 but kv_only_blocks is 0; allowed with it: kv_only_blocks of at least 1, and no target",
+        ),
+        (
+            "target: {itl: 0.8}\nhealing: {kv_only_tail: 64, kv_only_blocks: 8}",
+            "healing.kv_only_blocks is given but target chooses what is lost; allowed with target: no healing.kv_only",
+        ),
+        *(
+            (
+                f"targets: {{{target}: {{}}}}\nhealing: {{kv_only_blocks: 1, kv_only_tail: 64}}",
+                "r.yaml: healing.kv_only_tail is 64 but targets asks for engines, which run a layer for all",
+            )
+            for target in TARGETS
         ),
         (
             "healing: {kv_only_blocks: 1, fit_sequences: 1}",

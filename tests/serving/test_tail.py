@@ -3,8 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
 from bare_bundle import make_bundle
+from safetensors.torch import save_file
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
 from pdtrim_deploy.manifests.options import worker_arguments
 from pdtrim_deploy.plan import STAGES, PDPlan
@@ -19,6 +23,8 @@ GRAPHS = "--cuda-graph-backend-prefill"
 def tailed(folder: Path, tail: int = 8):
     bundle = make_bundle(folder)
     plan = bundle.plan.with_parts(prefill=(KVOnly(), *bundle.plan.prefill[1:]), kv_only_tail=tail)
+    second = {f"0.self_attn.{side}_proj.weight": torch.ones(16, 4) for side in "kv"}
+    save_file(second, bundle.prefill_dir / KV_ONLY)
     return replace(bundle, plan=plan)
 
 
@@ -37,6 +43,13 @@ def test_gpu_workers_of_prefill_capture_nothing(tmp_path):
 def test_a_caller_s_argument_comes_last(tmp_path):
     words = commands(tailed(tmp_path / "b"), device="cuda", prefill_args=(GRAPHS, "full"))["prefill"]
     assert [words[at + 1] for at, word in enumerate(words) if word == GRAPHS] == ["disabled", "full"]
+
+
+def test_no_pair_starts_without_the_second_projections(tmp_path):
+    bundle = tailed(tmp_path / "b")
+    (bundle.prefill_dir / KV_ONLY).unlink()
+    with pytest.raises(UserError, match=f"prefill/{KV_ONLY}: missing.*build the bundle again"):
+        commands(bundle, device="cpu")
 
 
 def test_nothing_changes_on_a_cpu_or_without_a_tail(tmp_path):
