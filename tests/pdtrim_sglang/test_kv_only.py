@@ -319,12 +319,13 @@ def test_a_worker_without_the_second_projections_says_so(tmp_path):
         run_tails_whole(runner, PLAN.with_parts(kv_only_tail=4))
 
 
-def test_sglang_takes_the_second_projections_for_no_weights_of_the_model(tmp_path):
+def test_sglang_takes_the_second_projections_for_no_weights_of_the_model(tmp_path, monkeypatch):
     """Of a name that it does not know, its Qwen3 raises KeyError."""
     from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from sglang.srt.model_loader import loader
 
+    monkeypatch.setattr(loader, "get_server_args", lambda: None)
     for name in ("model.safetensors", KV_ONLY):
         (tmp_path / name).write_bytes(b"")
-    _, files, _ = DefaultModelLoader(LoadConfig())._prepare_weights(str(tmp_path), None, True)
+    _, files, _ = loader.DefaultModelLoader(LoadConfig())._prepare_weights(str(tmp_path), None, True)
     assert files == [str(tmp_path / "model.safetensors")]

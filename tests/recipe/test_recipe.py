@@ -356,6 +356,15 @@ def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int,
     assert again.digest == recipe.digest
 
 
+def test_a_tail_is_written_and_in_the_digest_where_there_is_one() -> None:
+    recipe = Recipe(name="a", model={"source": "pypi:x"}, healing={"kv_only_blocks": 2, "kv_only_tail": 64})
+    assert "kv_only_tail: 64" in recipe.to_yaml()
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    none = recipe.changed("t", "healing", kv_only_tail=0)
+    assert "kv_only_tail" not in none.to_yaml()
+    assert none.digest != recipe.digest
+
+
 def test_a_written_recipe_holds_only_what_its_method_takes() -> None:
     written = KVSection(method="all", n_last=4).model_dump()
     assert "n_last" in written
@@ -465,6 +474,7 @@ def test_recipes_of_models_that_are_served_calibrate_on_the_mixture(size: str) -
         {"sweep": [1.0]},
         {"gradient_checkpointing": True},
         {"compensation": "norm", "fit_sequences": 8},
+        {"kv_only_blocks": 2, "kv_only_tail": 64},
     ],
 )
 def test_a_later_value_of_healing_is_in_the_digest_and_one_of_training_in_the_key(later: dict[str, object]) -> None:
