@@ -15,7 +15,8 @@ from torch import nn
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_sglang import hook_targets
-from pdtrim_sglang.kv_only import WriteKV, keep_only_kv, run_tails_whole
+from pdtrim_sglang.kv_only import WriteKV, keep_only_kv
+from pdtrim_sglang.kv_only_layers import run_tails_whole
 from pdtrim_sglang.patches import loading
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention

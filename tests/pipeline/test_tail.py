@@ -73,11 +73,11 @@ def test_servers_find_the_model_s_own_layers_and_no_other_weights(bundle: Bundle
     second, refitted = load_file(bundle.prefill_dir / KV_ONLY), []
     for layer in bundle.plan.kv_only_layers:
         block = bundle.plan.prefill_layers[layer]
-        own = {name: tensor for name, tensor in stored.items() if name.startswith(f"model.layers.{layer}.")}
-        for name, tensor in own.items():
+        whole = {name: tensor for name, tensor in stored.items() if name.startswith(f"model.layers.{layer}.")}
+        for name, tensor in whole.items():
             inner = name.removeprefix(f"model.layers.{layer}.")
             assert torch.equal(tensor, original[f"model.layers.{block}.{inner}"])
-        refitted += [not torch.equal(second[f"{block}.{n}"], own[f"model.layers.{layer}.{n}"]) for n in SECOND]
+        refitted += [not torch.equal(second[f"{block}.{n}"], whole[f"model.layers.{layer}.{n}"]) for n in SECOND]
     assert any(refitted)  # not the first of them, where nothing was left out before it
     assert not (bundle.decode_dir / KV_ONLY).exists()
 
@@ -129,8 +129,9 @@ def test_layers_of_fp8_weights_stay_so_and_second_projections_are_not(
     oracle = oracle_of(bundle, lambda _: None, ON_CPU, rounds_inputs=True)
     plain = oracle_of(bundle, lambda _: None, ON_CPU)
     for layer in bundle.plan.kv_only_layers:
-        own, alone = oracle.prefill_model.model.layers[layer], vars(oracle.prefill_model.model.layers[layer])["kv_only"]
-        assert own.self_attn.k_proj._forward_pre_hooks  # rounds to FP8, as its own weights are served
+        whole = oracle.prefill_model.model.layers[layer]
+        alone = vars(whole)["kv_only"]
+        assert whole.self_attn.k_proj._forward_pre_hooks  # rounds to FP8, as its own weights are served
         assert not alone.self_attn.k_proj._forward_pre_hooks
         assert not alone.self_attn.v_proj._forward_pre_hooks
     assert not torch.equal(oracle.logprobs(ids(), ids(6)), plain.logprobs(ids(), ids(6)))
