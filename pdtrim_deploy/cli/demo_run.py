@@ -24,6 +24,7 @@ from pdtrim_deploy.local.compute import ON_CPU
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.pipeline.model_card import refresh_cards
 from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan.blocks import KV_ONLY
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.metrics import (
@@ -134,7 +135,11 @@ class Demo:
         A machine short of memory gives its workers pools of fewer tokens, so the pool is counted by the request.
         """
         weights = {
-            f"{stage}_weights": sum(file.stat().st_size for file in bundle.stage_dir(stage).glob("*.safetensors"))
+            f"{stage}_weights": sum(
+                file.stat().st_size
+                for name in ("*.safetensors", KV_ONLY)
+                for file in bundle.stage_dir(stage).glob(name)
+            )
             for stage in STAGES
         }
         (decode,) = (worker for worker in cluster.workers if worker.spec.role == "decode")

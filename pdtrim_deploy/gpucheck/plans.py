@@ -43,6 +43,8 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     """Tiny pairs against the oracle; KV-only layers with prefill's CUDA graphs first, then without."""
     pair = pair or Pair(serve)
     kv_only = lazily(folder / "kv-only", CUT, healing={"kv_only_blocks": 2, "sequences": 8, "length": 64})
+    tailed = {"kv_only_blocks": 2, "kv_only_tail": 16, "sequences": 8, "length": 64}
+    tail = lazily(folder / "kv-only-tail", CUT, healing=tailed)
     fewer = {"prefill_attentions": 1, "decode_attentions": 2, "prefill_mlps": 1, "decode_mlps": 1}
     whole = {"method": "none", "wire_dtype": "int8"}
     sublayers = lazily(folder / "sublayers", whole, pruning={"method": "greedy"} | fewer)
@@ -54,6 +56,7 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     return [
         fidelity_check("KV-only layers: prefill's graphs", kv_only, pair),
         fidelity_check("KV-only layers: no prefill graphs", kv_only, replace(pair, prefill_args=NO_PREFILL_GRAPHS)),
+        fidelity_check("KV-only tail", tail, pair),  # `serve` starts it without prefill's graphs
         fidelity_check("sublayers", sublayers, pair),
         fidelity_check("key offsets: int4", offsets, pair),
         fidelity_check("experts: fewer in each stage", mixture, pair),

@@ -16,6 +16,7 @@ from pdtrim_deploy.serving.commands import ROUTER_HEALTH
 from pdtrim_deploy.serving.gpu_defaults import (
     PAGE_TOKENS,
     attention_arguments,
+    graph_arguments,
     pool_arguments,
     precision_environment,
     window_flags,
@@ -76,13 +77,14 @@ class Served:
     sparse: bool
     pool_dtype: PoolDtype = "native"
     conv_dtype: StateDtype | None = None
+    tail: bool = False
 
     @classmethod
     def of(cls, name: str, plan: PDPlan) -> Served:
         """`name` is the model's name for clients."""
         sparse = any(send.mode == "sparse" for send in plan.kv)
-        model = plan.model
-        return cls(name, plan.digest, model.kv_dtype, sparse, model.pool_dtype, model.conv_dtype)
+        model, tail = plan.model, plan.kv_only_tail > 0
+        return cls(name, plan.digest, model.kv_dtype, sparse, model.pool_dtype, model.conv_dtype, tail)
 
     @property
     def plan(self) -> str:
@@ -172,6 +174,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     if stage == "prefill":
         arguments["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
     arguments |= attention_arguments(stage, served.sparse, served.dtype) | pool_arguments(served.pool_dtype)
+    arguments |= graph_arguments(stage, served.tail)
     pairs = [str(part) for pair in arguments.items() for part in pair]
     more = options.prefill_args if stage == "prefill" else options.decode_args
     return ["python3", "-m", "sglang.launch_server", *pairs, *flags, *more]

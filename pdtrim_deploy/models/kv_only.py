@@ -18,6 +18,7 @@ from pdtrim_deploy.models.block_tensors import BlockTensors
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.quantized.inputs import keep_inputs
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import PDPlan
 
@@ -27,12 +28,15 @@ _ALONE = "kv_only"  # attribute of a whole layer: the same with the second proje
 def attach(model: CausalLM, plan: PDPlan, projections: BlockTensors) -> CausalLM:
     """Give the whole layers of a prefill model of `plan` their second projections; returns the model.
 
-    They are no part of the model for transformers: what saves, moves or counts parameters does not see them.
+    They are no part of the model for transformers: what saves, moves or counts parameters does not see them. Of a
+    model with FP8 weights they are not FP8, and neither is what they are multiplied with.
     """
     places = {block: layer for layer, block in enumerate(plan.prefill_layers)}
     second = {places[block]: tensors for block, tensors in projections.items()}
     alone = keep_blocks(model, range(len(places)), second).model.layers
     for layer in plan.kv_only_layers:
+        for name in second[layer]:
+            keep_inputs(alone[layer].get_submodule(name.rpartition(".")[0]))
         vars(model.model.layers[layer])[_ALONE] = alone[layer]
     return model
 

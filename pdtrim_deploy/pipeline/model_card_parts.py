@@ -8,9 +8,16 @@ from typing import Any
 
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.plan.blocks import KV_ONLY
 from pdtrim_deploy.recipe import CalibrationSection, Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments, precision_environment
+from pdtrim_deploy.serving.gpu_defaults import (
+    PAGE_TOKENS,
+    attention_arguments,
+    graph_arguments,
+    pool_arguments,
+    precision_environment,
+)
 
 Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 
@@ -26,6 +33,12 @@ def standing(plan: PDPlan, stage: Stage, version: str) -> str:
         f"One half of a pair, made by pdtrim-deploy {version}. It answers nobody on its own: the other half stands "
         f"beside it in the bundle, and both carry plan `{plan.digest}`."
     )
+    if stage == "prefill" and plan.kv_only_tail:
+        return (
+            f"{text} The blocks that run for their K and V alone are whole in `model*.safetensors`: what makes these K "
+            f"and V lies in `{KV_ONLY}`, which only SGLang with pdtrim-deploy reads. Loaded as a whole model it runs "
+            "these blocks for all tokens, which costs the time that the pair saves, and is not what the pair computes."
+        )
     if stage == "prefill" or all(action.kind == "keep" for action in plan.decode):
         return text
     return (
@@ -44,7 +57,8 @@ def blocks(plan: PDPlan, stage: Stage) -> str:
     if pairs:
         text += f"; one student block in the place of each of the pairs {_list(f'{a} and {b}' for a, b in pairs)}"
     alone = [block for block, action in enumerate(actions) if action.kind == "kv_only"]
-    text += f"; for their K and V alone: {_list(alone)}" if alone else ""
+    whole = f", but for the last {plan.kv_only_tail} tokens of a prompt" if plan.kv_only_tail else ""
+    text += f"; for their K and V alone{whole}: {_list(alone)}" if alone else ""
     missing = plan.missing(stage)
     for sublayer, name, tensor in (("attention", "attention", "o_proj"), ("mlp", "MLP", "down_proj")):
         if lost := [block for block, lacks in missing.items() if lacks == sublayer]:
@@ -98,10 +112,18 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed, *, compe
             f"difference {report['difference']:+.4f} ± {report['stderr']:.4f}, paired by "
             f"{report['sequences']} sequences)"
         )
+    if alone and plan.kv_only_tail:
+        second = f"- K and V of the blocks that run for these alone are made by refitted projections in `{KV_ONLY}`"
+        more = [f"{second}; the blocks' own weights are the base model's"]
+        return [*_differ(done, "of all blocks are"), *more]
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
+    return _differ(done, "of all other blocks are" if alone else "are")
+
+
+def _differ(done: Sequence[str], same: str) -> list[str]:
+    """What `done` to the weights means for a reader; `same` ends of what makes K and V."""
     if not done:
         return []
-    same = "of all other blocks are" if alone else "are"
     return [f"- Weights differ from the base model's: {', '.join(done)}; what makes K and V {same} as there"]
 
 
@@ -185,7 +207,7 @@ def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
         """--json-model-override-args '{"pdtrim_secret_file": "SECRET"}'""",
     ]
     arguments = {"--page-size": PAGE_TOKENS} | attention
-    arguments |= pool_arguments(plan.model.pool_dtype)
+    arguments |= pool_arguments(plan.model.pool_dtype) | graph_arguments(stage, plan.kv_only_tail > 0)
     lines.append(" ".join(f"{option} {value}" for option, value in arguments.items()))
     return " \\\n    ".join(lines)
 

@@ -23,6 +23,7 @@ from pdtrim_deploy.pipeline.build_steps import done_steps, steps_of
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
+from pdtrim_deploy.pipeline.heal_costs import second_bytes
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.rates import Rates, measure
@@ -46,7 +47,7 @@ class Preview:
     """`steps` -> done already?; sizes in bytes, None while the source is not in the cache.
 
     Attributes:
-        stage_bytes: weights of each checkpoint, by its folder.
+        stage_bytes: weights of each checkpoint, by its folder; of prefill with second K and V projections, if any.
         planned_bytes, dense_bytes, dense_fp8_bytes: KV of one request of `prompt_tokens`: as `stand_in` has it, of the
             unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
@@ -127,6 +128,8 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
         for name, info in checkpoint.tensors.items()
     }
     sizes = {name: _stage_bytes(tensors, checkpoint.family, plan, stage) for name, stage in plan.checkpoints.items()}
+    if recipe.healing.kv_only_tail:
+        sizes["prefill"] += second_bytes(recipe, ModelSizes.of(checkpoint.config))
     done = {step for step, is_done in steps.items() if is_done}
     costs = _costs(recipe, checkpoint.config, compute, done)
     return Preview(recipe, steps, prompt_tokens, sizes, *_sent(plan, prompt_tokens), **costs)
@@ -191,6 +194,8 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
     }
     stages = plan.checkpoints if tensors else {}
     sizes = {name: _stage_bytes(tensors, family, plan, stage) for name, stage in stages.items()} or None
+    if sizes and recipe.healing.kv_only_tail:
+        sizes["prefill"] += second_bytes(recipe, ModelSizes.of(config))
     costs = _costs(recipe, config, compute, ())
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
 

@@ -13,6 +13,7 @@ from pdtrim_deploy.plan import (
     ExpertShape,
     Keep,
     KeptExperts,
+    KVOnly,
     KVSend,
     ModelShape,
     PDPlan,
@@ -22,11 +23,14 @@ from pdtrim_deploy.plan import (
 )
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection, cut_to
 
 
 def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = None) -> PDPlan:
     """With the last blocks removed, the first ones without sublayers, the first experts kept and the first layers cut.
+
+    The first of those that are left whole are KV-only blocks.
 
     Blocks with windows go before others, so that as many layers can be cut as any choice of blocks leaves.
 
@@ -53,9 +57,21 @@ def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = No
             staying[pruning.decode_attentions :][: pruning.decode_mlps],
         ),
     )
+    if shape.states is None and recipe.healing.kv_only_blocks:
+        plan = _with_kv_only(plan, recipe.healing)
     plan = plan.with_kv(_target_rules(recipe, plan) if recipe.target else _stand_in_rules(recipe.kv, plan))
     plan = plan.with_parts(experts=_first_experts(recipe, plan, experts))
     return plan.with_parts(unified=recipe.stages == "unified")
+
+
+def _with_kv_only(plan: PDPlan, healing: HealingSection) -> PDPlan:
+    """The first blocks that both stages run whole are run by prefill for K and V alone, but for the recipe's tail."""
+    whole = [block for block in plan.model.kv_blocks if plan.prefill[block] == plan.decode[block] == Keep()]
+    alone = whole[: healing.kv_only_blocks]
+    if not alone:
+        return plan
+    prefill = tuple(KVOnly() if block in alone else action for block, action in enumerate(plan.prefill))
+    return plan.with_parts(prefill=prefill, kv_only_tail=healing.kv_only_tail)
 
 
 def _without_sublayers(

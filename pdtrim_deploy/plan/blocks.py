@@ -67,8 +67,11 @@ class WithoutMLP(Frozen):
     kind: Literal["without_mlp"] = "without_mlp"
 
 
-KV_ONLY = "kv_only.safetensors"
-"""File of a prefill checkpoint whose plan has a tail: the second K and V projections of `KVOnly` blocks."""
+KV_ONLY = "pdtrim_kv_only.tensors"
+"""File of a prefill checkpoint whose plan has a tail: the second K and V projections of `KVOnly` blocks.
+
+A safetensors file with another suffix, since servers load *.safetensors as weights: SGLang's Qwen3 would not start.
+"""
 KV_ONLY_SHARE = 0.1
 """Of a whole block's work: both projections are 1.5 to 6.3 % of the weights of the blocks whose facts we ship."""
 

@@ -163,7 +163,7 @@ class HealingSection(Section):
         if self.kv_only_tail and not self.kv_only_blocks:
             raise ValueError(
                 f"kv_only_tail is {self.kv_only_tail} but kv_only_blocks is 0; allowed with it: kv_only_blocks of at "
-                "least 1"
+                "least 1, and no target"
             )
         return self
 

@@ -19,8 +19,8 @@ class PlanFigures(FrozenFigures):
     """The plan in numbers; `n_first`, `n_last` and `share` are those of the sparse layers (None: there is none).
 
     `*_pairs` counts pairs of blocks of which one student is left; `prefill_kv_only` names blocks that prefill runs for
-    their K and V alone; `*_without_attention` and `*_without_mlp` name blocks
-    of which the other sublayer runs alone.
+    their K and V alone, but for the last `prefill_kv_only_tail` tokens of a prompt; `*_without_attention` and
+    `*_without_mlp` name blocks of which the other sublayer runs alone.
     """
 
     digest: str
@@ -30,6 +30,7 @@ class PlanFigures(FrozenFigures):
     prefill_pairs: int = 0
     decode_pairs: int = 0
     prefill_kv_only: list[int] = []
+    prefill_kv_only_tail: int = 0
     prefill_without_attention: list[int] = []
     prefill_without_mlp: list[int] = []
     decode_without_attention: list[int] = []
@@ -57,6 +58,7 @@ class PlanFigures(FrozenFigures):
             prefill_pairs=sum(action.kind == "distilled" for action in plan.prefill) // 2,
             decode_pairs=sum(action.kind == "distilled" for action in plan.decode) // 2,
             prefill_kv_only=[block for block, action in enumerate(plan.prefill) if action.kind == "kv_only"],
+            prefill_kv_only_tail=plan.kv_only_tail,
             **missing,
             sparse_layers=len(sparse),
             n_first=_common([send.n_first for send in sparse]),

@@ -75,7 +75,8 @@ def savings_table(metrics: Metrics) -> Table:
 def notes(metrics: Metrics) -> Iterator[str]:
     """What the rows rest on, a sentence each."""
     plan = metrics.plan
-    alone = f" ({len(plan.prefill_kv_only)} for K and V alone)" if plan.prefill_kv_only else ""
+    tail = f", but for a prompt's last {plan.prefill_kv_only_tail} tokens" if plan.prefill_kv_only_tail else ""
+    alone = f" ({len(plan.prefill_kv_only)} for K and V alone{tail})" if plan.prefill_kv_only else ""
     yield (
         f"Of {plan.blocks} blocks prefill runs {plan.blocks - len(plan.prefill_dropped) - plan.prefill_pairs}{alone}, "
         "decode "

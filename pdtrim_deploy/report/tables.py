@@ -33,7 +33,8 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
         table.add_row(*cells)
     kv = f"{plan.payload_bytes(prompt_tokens):,} bytes a request"
     more = "one model for both stages, no KV travels" if plan.unified else plan.reductions(prompt_tokens)
-    table.caption = f"{kv}: {more}"
+    tail = f"; kv_only: but for a prompt's last {plan.kv_only_tail} tokens" if plan.kv_only_tail else ""
+    table.caption = f"{kv}: {more}{tail}"
     return table
 
 

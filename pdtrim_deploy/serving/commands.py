@@ -15,6 +15,7 @@ from pdtrim_deploy.serving.gpu_defaults import (
     NO_WINDOW_POOL,
     WINDOW_POOL_SHARE,
     attention_arguments,
+    graph_arguments,
     pool_arguments,
     precision_environment,
     state_environment,
@@ -90,6 +91,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             if placement.memory_fraction is not None:
                 arguments[FRACTION] = placement.memory_fraction
         arguments |= attention_arguments(worker.role, options.sparse, options.dtype)
+        arguments |= graph_arguments(worker.role, options.tail)
         if worker.executor == "tensorrt" and worker.role == "prefill":  # SGLang's breaks would end its capture midway
             flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]

@@ -21,6 +21,11 @@ def attention_arguments(stage: str, sparse: bool, dtype: str) -> dict[str, objec
     return {"--attention-backend": GENERAL_BACKEND} if dtype == "float32" or (sparse and stage == "decode") else {}
 
 
+def graph_arguments(stage: str, tail: bool) -> dict[str, object]:
+    """The layers that run the tails of prompts alone have as many rows as a batch has: no CUDA graph knows them."""
+    return {"--cuda-graph-backend-prefill": "disabled"} if tail and stage == "prefill" else {}
+
+
 def window_flags(stage: str, sparse: bool) -> list[str]:
     """Cut layers have no slots beside SGLang's pool of windows: decode does without it."""
     return [NO_WINDOW_POOL] if sparse and stage == "decode" else []

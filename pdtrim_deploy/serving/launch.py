@@ -13,6 +13,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.families import known_family
+from pdtrim_deploy.models.second_file import check_second
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
@@ -53,9 +54,10 @@ def cluster_of(
     `gpus` is how many GPUs there are for it; None: those of this machine.
 
     Raises:
-        UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine, or
-            the transport's library is not there, or decode's pool is to be split with no sparse layer; ranks that
-            cannot be served, too few GPUs for them, or weights or an attention that the device does not compute.
+        UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine or the
+            second projections of its plan's tail, the transport's library is not there, or decode's pool is to be split
+            with no sparse layer; ranks that cannot be served, too few GPUs for them, or weights or an attention that
+            the device does not compute.
 
     """
     environment = environment or ServeEnvironment.find()
@@ -68,6 +70,7 @@ def cluster_of(
             f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    options = replace(options, tail=bundle.plan.kv_only_tail > 0)
     options = replace(options, sinks=known_family(bundle.plan.model.architecture).sinks)
     options = replace(options, conv_dtype=bundle.plan.model.conv_dtype)
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
@@ -82,6 +85,7 @@ def cluster_of(
     chosen = executors or Executors()
     require_kind(bundle, workers, (prefill, decode), options, chosen, transport or {})
     require_weights(bundle.decode_dir, options.device)
+    check_second(bundle.prefill_dir, bundle.plan)
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
     stage_args = [options.extra_args if bundle.plan.unified else options.arguments(stage) for stage in STAGES]

@@ -9,6 +9,7 @@ together and see what the others take; hence all of them have to fit before the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 from pdtrim_deploy.errors import UserError
@@ -16,6 +17,7 @@ from pdtrim_deploy.local.machine import memory, numa_nodes
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.quantized import with_quantization
 from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.plan.blocks import KV_ONLY
 from pdtrim_deploy.serving.spec import WorkerSpec
 from pdtrim_deploy.worker.memory import CHUNK_TOKENS, WorkerMemory, worker_memory
 
@@ -34,7 +36,9 @@ def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     tokens, requests = options.pool_tokens or 0, options.requests or 0
     prefill_batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
     batch = requests if worker.role == "decode" else prefill_batch
-    return worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
+    size = worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
+    second = worker.model_path / KV_ONLY  # beside the weights that the config tells of
+    return replace(size, weights=size.weights + second.stat().st_size) if second.is_file() else size
 
 
 def static_fraction(worker: WorkerSpec) -> float:

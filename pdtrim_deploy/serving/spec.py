@@ -37,12 +37,13 @@ class WorkerOptions:
     `page_size` (tokens a KV page), `max_total_tokens` (KV pool, tokens) and `max_running_requests` are None for the
     device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
     None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
-    requests their pools are sized. `sinks`: attention has sinks; then SGLang refuses torch_native by name, and on a CPU
-    without AMX chooses it all the same. `conv_dtype`: of linear attention's states. `send_by_layer`: rows of finished
-    layers leave while prefill computes later ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker;
-    `share_gpus` lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it
-    is given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last:
-    they win over anything chosen here.
+    requests their pools are sized, `tail` that some layers of prefill run the last prompt tokens alone. `sinks`:
+    attention has sinks; then SGLang refuses torch_native by name, and on a CPU without AMX chooses it all the same.
+    `conv_dtype`: of linear attention's states. `send_by_layer`: rows of finished layers leave while prefill computes
+    later ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus` lets several workers
+    take one GPU where there are too few. Every answer names `plan_digest`, where it is given, as the version of the
+    weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they win over anything chosen
+    here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
@@ -57,6 +58,7 @@ class WorkerOptions:
     enable_metrics: bool = True
     threads: int | None = None
     sparse: bool = False
+    tail: bool = False
     sinks: bool = False
     conv_dtype: StateDtype | None = None
     split_pool: SplitPool | None = None

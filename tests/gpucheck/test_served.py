@@ -117,9 +117,12 @@ def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged
 
 def test_plans_compute_less_and_move_keys(tmp_path, judged):
     assert {row.status for row in rows_of(plans.plan_checks(tmp_path, tmp_path))} == {"run"}
-    graphs, plain, sublayers, offsets, _, bfloat16, float32 = ((bundle.plan, variant) for bundle, variant, _ in judged)
+    graphs, plain, tail, sublayers, offsets, _, bfloat16, float32 = (
+        (bundle.plan, variant) for bundle, variant, _ in judged
+    )
     assert graphs[0] == plain[0]
     assert {block.kind for block in graphs[0].prefill} >= {"kv_only"}
+    assert [plan.kv_only_tail for plan, _ in (graphs, plain, tail)] == [0, 0, 16]
     assert (graphs[1].prefill_args, plain[1].prefill_args) == ((), ("--cuda-graph-backend-prefill", "disabled"))
     assert {block.kind for block in sublayers[0].decode} >= {"without_attention", "without_mlp"}
     assert offsets[0].key_offsets.scaled

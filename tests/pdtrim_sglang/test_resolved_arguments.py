@@ -49,13 +49,22 @@ def model(tmp_path):
     return tmp_path
 
 
-def commands(source: str, model: Path, sparse: bool, dtype: str = "bfloat16") -> dict[str, list[str]]:
+def commands(
+    source: str,
+    model: Path,
+    sparse: bool,
+    dtype: str = "bfloat16",
+    tail: bool = False,
+    prefill_args: tuple[str, ...] = (),
+) -> dict[str, list[str]]:
     """Arguments of `sglang.launch_server`, by stage."""
     if source == "serve":
-        options = WorkerOptions(device="cuda", dtype=dtype, sparse=sparse, tp_prefill=2, tp_decode=2)
+        options = WorkerOptions(
+            device="cuda", dtype=dtype, sparse=sparse, tail=tail, tp_prefill=2, tp_decode=2, prefill_args=prefill_args
+        )
         workers = ClusterSpec.on_loopback(model, model, options=options, gpus=4).workers
         return {worker.role: worker_command(Path("python"), worker)[3:] for worker in workers}
-    rendered = rendered_as(source, Served("m", "ab" * 32, dtype, sparse))
+    rendered = rendered_as(source, Served("m", "ab" * 32, dtype, sparse, tail=tail), prefill_args)
     for stage, words in rendered.items():
         words[words.index("--model-path") + 1] = str(model)
         words += ["--device", "cuda"]  # SGLang would find it on the pod
@@ -63,8 +72,8 @@ def commands(source: str, model: Path, sparse: bool, dtype: str = "bfloat16") ->
     return rendered
 
 
-def rendered_as(source: str, served: Served) -> dict[str, list[str]]:
-    options = Options(tp_prefill=2, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
+def rendered_as(source: str, served: Served, prefill_args: tuple[str, ...]) -> dict[str, list[str]]:
+    options = Options(tp_prefill=2, tp_decode=2, bundle=BundleAt("host", "/srv/b"), prefill_args=prefill_args)
     if source == "compose":
         services = compose(served, options)["services"]
         commands = {stage: services[f"{stage}-0"]["command"] for stage in ("prefill", "decode")}
@@ -102,6 +111,22 @@ def test_gpu_workers_get_the_attention_graphs_and_pages_that_they_should(gpu, mo
     assert prefill.tp_size == decode.tp_size == 2
     for stage in stages.values():
         assert (stage.max_total_tokens, stage.max_running_requests) == (None, None)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        ((), "disabled"),
+        (("--cuda-graph-backend-prefill", "breakable"), "breakable"),
+        (("--cuda-graph-config", '{"prefill": {"backend": "full"}}'), "full"),
+        (("--disable-prefill-cuda-graph",), "disabled"),
+    ],
+)
+def test_a_plan_with_a_tail_has_no_graphs_of_prefill_unless_a_caller_says_so(gpu, model, source, arguments, backend):
+    words = commands(source, model, sparse=True, tail=True, prefill_args=arguments)
+    assert resolved(words["prefill"]).cuda_graph_config.prefill.backend == backend
+    assert resolved(words["decode"]).cuda_graph_config.decode.backend == "full"
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.stand_in import caveat, fixed_rules, stand_in
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE
 from pdtrim_deploy.recipe import PruningSection, Recipe
+from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.kv import KVSection
 
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=32, num_kv_heads=8, head_dim=128, kv_dtype="bfloat16")
@@ -47,6 +49,21 @@ def test_sublayers_that_go_have_no_kv_and_their_share_of_the_work():
     assert plan.payload_bytes(100) * 32 == plan.dense_bytes(100) * 25
     assert plan.prefill_share(512) == pytest.approx((31 - 0.2 - 2 * 0.8) / 32)
     assert plan.decode_share == pytest.approx((30 - 5 * 0.2 - 3 * 0.8) / 32)
+
+
+@pytest.mark.parametrize("tail", [0, 64])
+def test_kv_only_blocks_have_their_share_of_the_work_and_tails_theirs(tail):
+    pruning = PruningSection(prefill_blocks=1, decode_blocks=2, prefill_attentions=1, decode_attentions=5)
+    healing = HealingSection(kv_only_blocks=8, kv_only_tail=tail)
+    recipe = Recipe(name="a", model={"source": "pypi:x"}, pruning=pruning, healing=healing)
+    plan = stand_in(recipe, SHAPE)
+    assert len(plan.kv_only_layers) == 8
+    assert plan.kv_only_tail == tail
+    spared = 8 * (1 - KV_ONLY_SHARE)
+    for tokens in (32, 64, 512, 8192):
+        part = 1 - min(1, tail / tokens)
+        assert plan.prefill_share(tokens) == pytest.approx((31 - 0.2 - spared * part) / 32)
+    assert plan.decode_share == pytest.approx((30 - 5 * 0.2) / 32)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,20 @@ def test_a_block_may_run_in_prefill_for_its_kv_alone():
     assert plan(prefill="kkokkk", decode="kkppkk").layer_map == (0, 1, 2, 4, 5)
 
 
+def test_a_tail_is_work_of_its_blocks_and_in_the_digest():
+    plain = plan(prefill="k-okok", decode="k-kkkk")
+    cut = plain.with_parts(kv_only_tail=64)
+    assert [cut.prefill_share(tokens) for tokens in (1, 64, 128, 640)] == pytest.approx(
+        [5 / 6, 5 / 6, (5 - 1.8 / 2) / 6, (5 - 1.8 * 0.9) / 6]
+    )
+    assert plain.prefill_share(64) == plain.prefill_share(640)
+    assert "kv_only_tail" not in plain.canonical_json()
+    assert cut.digest != plain.digest
+    assert PDPlan.parse(json.loads(cut.canonical_json()), "x") == cut
+    with pytest.raises(ValueError, match="kv_only_tail is 64 but prefill runs no block for its K and V alone"):
+        plan().with_parts(kv_only_tail=64)
+
+
 def test_a_block_without_attention_needs_no_kv_and_no_prefill_block():
     """Letters: `m` runs the MLP alone, `a` the attention alone."""
     cut = plan(prefill="km-koa", decode="mmmaka")

@@ -9,6 +9,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import CalibrationSection, PruningSection, Recipe
 from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
+from pdtrim_deploy.recipe.targets import TARGETS
 from pdtrim_deploy.recipe.yaml_units import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -106,6 +107,26 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         (
             "healing: {kv_only_blocks: 1, sequences: 8, fit_sequences: 9}",
             "r.yaml: healing.fit_sequences is 9 but sequences is 8; allowed: at most as many",
+        ),
+        ("healing: {kv_only_tail: -1}", "r.yaml: healing.kv_only_tail is -1; allowed: an integer of at least 0"),
+        (
+            "healing: {kv_only_tail: 64}",
+            "kv_only_tail is 64 but kv_only_blocks is 0; allowed with it: kv_only_blocks of at least 1, and no target",
+        ),
+        (
+            "target: {itl: 0.8}\nhealing: {kv_only_tail: 64}",
+            "kv_only_tail is 64 but kv_only_blocks is 0; allowed with it: kv_only_blocks of at least 1, and no target",
+        ),
+        (
+            "target: {itl: 0.8}\nhealing: {kv_only_tail: 64, kv_only_blocks: 8}",
+            "healing.kv_only_blocks is given but target chooses what is lost; allowed with target: no healing.kv_only",
+        ),
+        *(
+            (
+                f"targets: {{{target}: {{}}}}\nhealing: {{kv_only_blocks: 1, kv_only_tail: 64}}",
+                "r.yaml: healing.kv_only_tail is 64 but targets asks for engines, which run a layer for all",
+            )
+            for target in TARGETS
         ),
         (
             "healing: {kv_only_blocks: 1, fit_sequences: 1}",
@@ -335,6 +356,15 @@ def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int,
     assert again.digest == recipe.digest
 
 
+def test_a_tail_is_written_and_in_the_digest_where_there_is_one() -> None:
+    recipe = Recipe(name="a", model={"source": "pypi:x"}, healing={"kv_only_blocks": 2, "kv_only_tail": 64})
+    assert "kv_only_tail: 64" in recipe.to_yaml()
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    none = recipe.changed("t", "healing", kv_only_tail=0)
+    assert "kv_only_tail" not in none.to_yaml()
+    assert none.digest != recipe.digest
+
+
 def test_a_written_recipe_holds_only_what_its_method_takes() -> None:
     written = KVSection(method="all", n_last=4).model_dump()
     assert "n_last" in written
@@ -444,6 +474,7 @@ def test_recipes_of_models_that_are_served_calibrate_on_the_mixture(size: str) -
         {"sweep": [1.0]},
         {"gradient_checkpointing": True},
         {"compensation": "norm", "fit_sequences": 8},
+        {"kv_only_blocks": 2, "kv_only_tail": 64},
     ],
 )
 def test_a_later_value_of_healing_is_in_the_digest_and_one_of_training_in_the_key(later: dict[str, object]) -> None:

@@ -9,11 +9,15 @@ import pytest
 from rich.console import Console
 
 from pdtrim_deploy.loadtest.rounds import Ratio
+from pdtrim_deploy.plan import Keep, KVOnly
+from pdtrim_deploy.report.html.plan_picture import plan_picture
 from pdtrim_deploy.report.metrics import LinkFigures, MemoryFigures, Metrics, QualityFigures
-from pdtrim_deploy.report.savings import savings, savings_table
+from pdtrim_deploy.report.plan_figures import PlanFigures
+from pdtrim_deploy.report.savings import notes, savings, savings_table
+from pdtrim_deploy.report.tables import plan_table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_metrics import metrics
+from test_metrics import PLAN, metrics
 
 LINK = LinkFigures(
     speed="50 Mb/s", relays={"dense": "100 Mb/s", "pruned": "50 Mb/s"}, ttft_share={"dense": 0.49, "pruned": 0.2}
@@ -62,6 +66,18 @@ def test_bytes_stand_against_a_bfloat16_pool_first() -> None:
     assert rows["  from this run's own pool"].ratio == "2.00x fewer"
     assert rows["weights of decode"].ratio == "0.74"
     assert verdicts(metrics(off_by=1))["KV bytes a request, bfloat16 pool"] == "NOT AS PLANNED"
+
+
+def test_a_tail_is_told_of() -> None:
+    plan = PLAN.with_parts(prefill=(KVOnly(), Keep(), Keep()), kv_only_tail=16)
+    assert PlanFigures.of(plan).prefill_kv_only_tail == 16
+    sentence = next(notes(with_all(plan=PlanFigures.of(plan))))
+    assert sentence == "Of 3 blocks prefill runs 3 (1 for K and V alone, but for a prompt's last 16 tokens), decode 2."
+    picture = str(plan_picture(plan, 64))
+    assert "block 0, prefill: kv_only, but for the last 16 tokens of a prompt" in picture
+    assert "run for its K and V alone, but for the last 16 tokens of a prompt" in picture
+    assert "but for" not in str(plan_picture(plan.with_parts(kv_only_tail=0), 64))
+    assert plan_table(plan, 64).caption.endswith("; kv_only: but for a prompt's last 16 tokens")
 
 
 def test_the_table_fits_a_terminal_and_says_how_to_read_it() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 from pdtrim_deploy.sizing import Link, Traffic, price
 
@@ -121,6 +121,10 @@ def test_figures_of_llama_8b_by_hand() -> None:
     assert cost.dense.transfer_s == pytest.approx(0.1718, abs=1e-4)
     assert cost.dense.prefill_s == 0.5
     assert cost.planned.prefill_s == 0.5 * 28 / 32
+    alone = plan.with_parts(prefill=(*prefill[:20], *(KVOnly(),) * 10, *prefill[30:]), kv_only_tail=1024)
+    for isl, whole in ((512, 28), (4096, 28 - 10 * 0.9 * 3 / 4)):
+        cost_at = price(alone, Traffic(isl, 256, Link.parse("25Gbps"), 0.8, 10, prefill_tokens_per_s=8192))
+        assert cost_at.planned.prefill_s == pytest.approx(isl / 8192 * whole / 32)
     assert cost.dense.transfer_share_of_ttft == pytest.approx(0.1718 / 0.6718, abs=1e-4)
     assert cost.planned.request_bytes == (20 * 68 + 4 * 4096) * 4096
     assert cost.dense.max_rate == pytest.approx(2.5e9 / 536870912)  # 80 % of 25 Gb/s is 2.5 GB/s

@@ -16,7 +16,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures
 from pdtrim_deploy.loadtest.scenario import Lengths
 from pdtrim_deploy.loadtest.workers import Histogram
-from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.simulation import Cluster, Load, simulate, sized
 from pdtrim_deploy.sizing import Link, Rates
 from pdtrim_deploy.sizing.workers import Goal, rates_of, size, wait_s
@@ -90,6 +90,19 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
             few = simulate(cluster, load)
             late = few.figures().ttft_ms.p95 > goal.ttft_s * 1e3 or few.figures().tpot_ms.p95 > goal.itl_s * 1e3
             assert late, halved
+
+
+def test_a_tail_costs_short_prompts_more() -> None:
+    prefill = (*(KVOnly(),) * 16, *(Keep(),) * 16)
+    plan = PDPlan(model=SHAPE, prefill=prefill, decode=(Keep(),) * 32, kv=(KVSend(),) * 32, kv_only_tail=512)
+    speeds = [rates_of(plan, RATES, tokens).prefill_tokens_per_s for tokens in (256, 512, 1024, 1 << 20)]
+    assert speeds[:2] == [RATES.prefill_tokens_per_s] * 2
+    assert speeds[2] == pytest.approx(RATES.prefill_tokens_per_s / (1 - 0.45 / 2))
+    assert speeds[3] == pytest.approx(RATES.prefill_tokens_per_s / 0.55, rel=1e-3)
+    goals = [Goal(60.0, isl, 100, 1.0, 0.02, Link(1e12)) for isl in (512, 4000)]
+    needed = [[sized(p, RATES, goal).sizing.prefill_workers for goal in goals] for p in (DENSE, plan)]
+    assert needed[0][0] == needed[1][0]
+    assert needed[1][1] < 0.7 * needed[0][1]
 
 
 @pytest.mark.parametrize(("isl", "rate", "ttft_s"), [(8700, 66.0, 0.75), (8766, 2.05, 0.83)])

@@ -42,6 +42,7 @@ SUBJECTS = {
     "pages of 16 tokens": Rows(("workers",), ("workers: pages",)),
     "rows sent by layer": Rows(("workers",), ("workers: rows",)),
     "KV-only layers under prefill's CUDA graphs": Rows(("plans",), ("KV-only layers:",)),
+    "KV-only layers with a tail": Rows(("plans",), ("KV-only tail",)),
     "sublayers": Rows(("plans",), ("sublayers",)),
     "key offsets": Rows(("plans",), ("key offsets:",)),
     "mixtures with fewer experts": Rows(("plans",), ("experts:",)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdtrim_deploy.plan import STAGES, PDPlan
+from pdtrim_deploy.plan import STAGES, Action, PDPlan
 from pdtrim_deploy.report.html.markup import Markup, tag
 
 CELL, LEFT, BARS = 26, 74, 90
@@ -20,7 +20,7 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
         top = ROWS[stage]
         parts.append(tag("text", stage, x=LEFT - 8, y=top + 18, text_anchor="end"))
         for block, action in enumerate(plan.actions(stage)):
-            parts.append(_cell(block, top, action.kind, f"block {block}, {stage}: {_says(action)}"))
+            parts.append(_cell(block, top, action.kind, f"block {block}, {stage}: {_says(action, plan)}"))
     parts.append(tag("text", "KV sent", x=LEFT - 8, y=KV_TOP + BARS / 2, text_anchor="end"))
     for block, layer in layer_of.items():
         send, size = plan.kv[layer], plan.layer_bytes(layer, tokens)
@@ -50,7 +50,8 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
         height=height_, role="img", aria_label=f"plan {plan.digest[:12]} block by block",
     )  # fmt: skip
     kinds = {action.kind for stage in STAGES for action in plan.actions(stage)} | {send.mode for send in plan.kv}
-    shown = [(kind, text) for kind, text in LEGEND.items() if kind in kinds]
+    names = LEGEND | ({"kv_only": f"{LEGEND['kv_only']}{_but(plan)}"} if plan.kv_only_tail else {})
+    shown = [(kind, text) for kind, text in names.items() if kind in kinds]
     legend = tag("p", *(tag("span", tag("i", " ", class_=kind), text) for kind, text in shown), class_="legend")
     return tag("figure", tag("div", picture, class_="wide"), legend)
 
@@ -73,6 +74,11 @@ def _cell(block: int, top: float, kind: str, says: str) -> Markup:
     return tag("g", tag("title", says), shape)
 
 
-def _says(action: object) -> str:
-    kind = getattr(action, "kind", "")
-    return f"distilled from blocks {getattr(action, 'pair', '')}" if kind == "distilled" else f"{kind}"
+def _says(action: Action, plan: PDPlan) -> str:
+    if action.kind == "kv_only" and plan.kv_only_tail:
+        return f"kv_only{_but(plan)}"
+    return f"distilled from blocks {action.pair}" if action.kind == "distilled" else action.kind
+
+
+def _but(plan: PDPlan) -> str:
+    return f", but for the last {plan.kv_only_tail} tokens of a prompt"
