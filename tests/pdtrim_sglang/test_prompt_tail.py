@@ -1,5 +1,6 @@
 """Which rows of a batch are of the tails of their prompts, and which attention backend has them."""
 
+import weakref
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -163,6 +164,15 @@ def test_where_all_rows_are_of_tails_the_batchs_own_metadata_are_right(worker):
     assert worker.tails.of(batch).everything
     assert worker.second.planned == worker.bound == []
     assert attend(worker, batch) == (worker.whole, False)
+
+
+def test_a_tail_is_not_held_when_the_next_batch_comes(worker):
+    batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
+    worker.backend.init_forward_metadata(batch)
+    tail = weakref.ref(worker.tails.of(batch))
+    assert tail() is not None
+    worker.backend.init_forward_metadata(extend_batch([Part("b", 1, 0, 2)], TABLE))
+    assert tail() is None
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.IDLE])
