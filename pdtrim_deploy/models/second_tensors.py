@@ -17,13 +17,13 @@ from pdtrim_deploy.plan.blocks import KV_ONLY
 def divide(changed: BlockTensors, plan: PDPlan) -> tuple[BlockTensors, BlockTensors]:
     """Changed tensors of the prefill of a plan with a tail: those of its own layers, and what makes K and V alone."""
     alone = {plan.prefill_layers[layer] for layer in plan.kv_only_layers}
-    stage = {block: tensors for block, tensors in changed.items() if block not in alone}
+    own = {block: tensors for block, tensors in changed.items() if block not in alone}
     second = {
         block: {name: tensor for name, tensor in tensors.items() if name not in OUTPUTS}
         for block, tensors in changed.items()
         if block in alone
     }
-    return stage, second
+    return own, second
 
 
 def read_second(folder: Path, plan: PDPlan) -> BlockTensors:

@@ -30,8 +30,8 @@ class StagePair:
         layers, experts, missing = plan.layers(stage), plan.kept_experts(stage), plan.missing(stage)
         if stage == "decode" or not plan.kv_only_tail:
             return keep_blocks(self.model, layers, changed, experts, missing)
-        own, second = divide(changed, plan)
-        return attach(keep_blocks(self.model, layers, own, experts, missing), plan, second)
+        whole, second = divide(changed, plan)
+        return attach(keep_blocks(self.model, layers, whole, experts, missing), plan, second)
 
     def with_changes(self, stage: Stage, more: Replacements) -> StagePair:
         """The same with more tensors of one stage changed, or changed again."""

@@ -1,5 +1,6 @@
 """KV-only layers with a tail: SGLang's own layers, pool and attention, against the same written down plainly."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,17 @@ import torch
 from torch import nn
 
 pytest.importorskip("sglang", reason="needs the serve environment")
+from pdtrim_sglang.patches import loading
 from pdtrim_sglang.prompt_tail.layer import SecondProjections, TailedLayer
 from pdtrim_sglang.prompt_tail.tails import PromptTails
 from plainlayers import DIM, HEADS, HIDDEN, KV_HEADS, Texts
 from taillayers import Worker, make_layers, make_second, one_rank, ranks
 
-TAIL, KV_ONLY = 5, (1, 2)
+from pdtrim_deploy.models.block_tensors import save_blocks
+from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.blocks import KV_ONLY
+
+TAIL, ALONE = 5, (1, 2)
 PROMPTS = {"a": 13, "b": 9, "warm-up": 4}
 ROWS = {rid: row for row, rid in enumerate(PROMPTS)}
 CHUNKS = {  # by batch, of each request: where it begins and how many tokens it has
@@ -44,7 +50,7 @@ def test_all_rows_are_those_of_whole_prompts(family, biases, chunks, monkeypatch
     """Hidden states, K and V of each layer, however the prompts were divided."""
     torch.manual_seed(0)
     layers = make_layers(family, monkeypatch)
-    seconds = {index: make_second(family, biases) for index in KV_ONLY}
+    seconds = {index: make_second(family, biases) for index in ALONE}
     embedded = {rid: torch.randn(tokens, HIDDEN) for rid, tokens in PROMPTS.items()}
     expected = Texts(layers, seconds, embedded, {"a": TAIL, "b": TAIL, "warm-up": 0})
     worker = Worker(layers, tailed(layers, seconds))
@@ -55,7 +61,7 @@ def test_all_rows_are_those_of_whole_prompts(family, biases, chunks, monkeypatch
         for index, after in enumerate(worker.run(parts, before.clone())):
             rows = torch.cat([expected.states[rid][index][span] for rid, span in spans])
             torch.testing.assert_close(after, rows, rtol=1e-4, atol=1e-4)
-            if index in KV_ONLY:
+            if index in ALONE:
                 begins = {rid: PROMPTS[rid] - (0 if rid == "warm-up" else TAIL) for rid in PROMPTS}
                 passing = torch.cat([torch.arange(span.start, span.stop) < begins[rid] for rid, span in spans])
                 assert torch.equal(after[passing], before[passing]), "a row outside of the tail has changed"
@@ -94,6 +100,29 @@ def test_the_model_still_has_its_own_tensors_and_no_others(monkeypatch):
     after = dict(layers[1].named_parameters())
     assert {name: id(tensor) for name, tensor in after.items()} == {name: place for name, (place, _) in before.items()}
     assert all(torch.equal(after[name], tensor) for name, (_, tensor) in before.items())
+
+
+def test_a_prefill_worker_reads_the_second_tensors_beside_its_checkpoint(monkeypatch, tmp_path):
+    """Of the plan's blocks, which are other numbers than the stage's layers where blocks before them are dropped."""
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=5, num_kv_heads=KV_HEADS, head_dim=DIM, kv_dtype="float32"
+    )
+    stages = {"prefill": (Drop(), Keep(), Keep(), KVOnly(), Keep()), "decode": (Drop(), *[Keep()] * 4)}
+    plan = PDPlan(model=shape, kv=(KVSend(),) * 4, **stages).with_parts(kv_only_tail=TAIL)
+    (tmp_path / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
+    layers, second, x = make_layers("llama", monkeypatch), make_second("llama"), torch.randn(13, HIDDEN)
+    runner = SimpleNamespace(
+        model=SimpleNamespace(model=SimpleNamespace(layers=layers)), startup_weight_load=None,
+        server_args=SimpleNamespace(disaggregation_mode="prefill", pp_size=1),
+        model_config=SimpleNamespace(model_path=str(tmp_path)),
+    )  # fmt: skip
+    save_blocks({3: second}, tmp_path / KV_ONLY)
+    loading.cut_planned_layers(None, runner)
+    assert [isinstance(layer.forward, TailedLayer) for layer in layers] == [False, False, True, False]
+    runner.pdtrim_tails.expect("a", 1, 13)
+    states = Worker(layers, runner.pdtrim_tails).run([("a", 0, 0, 13)], x.clone())
+    expected = Texts(layers, {2: second}, {"a": x}, {"a": TAIL}).states["a"]
+    torch.testing.assert_close(states[-1], expected[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_layers_of_other_models_are_refused_when_they_are_loaded():

@@ -24,7 +24,7 @@ def compute_fp8_by_torch(model: Any, target_device: Any) -> None:
 
 def cut_planned_layers(loaded: Any, runner: Any) -> None:
     from pdtrim_sglang.attention.latents import read_latents_on_torch_native
-    from pdtrim_sglang.kv_only import cut_kv_only_layers
+    from pdtrim_sglang.kv_only_layers import cut_kv_only_layers
     from pdtrim_sglang.sublayers import cut_sublayers
 
     cut_sublayers(runner)  # first: attentions that are left get the numbers by which K and V are written

@@ -89,19 +89,19 @@ class SecondProjections(nn.Module):
         self.weight: Tensor = torch.cat(weights).to(qkv.weight.device, qkv.params_dtype)
         self.bias: Tensor | None = None
         if qkv.bias is not None:
-            model_biases = dict(zip(sides, qkv.bias.data[self._queries :].split(size), strict=True))
-            biases = [_rows(second.get(f"{side}.bias"), first, model_biases[side]) for side in sides]
+            firsts = dict(zip(sides, qkv.bias.data[self._queries :].split(size), strict=True))
+            biases = [_rows(second.get(f"{side}.bias"), first, firsts[side]) for side in sides]
             self.bias = torch.cat(biases)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """`[T, (heads + 2 * kv_heads) * head_dim]`, and no bias: what SGLang's linear layers return."""
-        rows = nn.functional.linear(x, self.weight, self.bias)
-        return torch.cat((x.new_zeros(len(x), self._queries), rows), 1), None
+        kv = nn.functional.linear(x, self.weight, self.bias)
+        return torch.cat((x.new_zeros(len(x), self._queries), kv), 1), None
 
 
-def _rows(bias: Tensor | None, first: int, default: Tensor) -> Tensor:
-    """Rows of a second bias that this rank has; the default where there is none."""
-    return default if bias is None else bias[first : first + len(default)].to(default)
+def _rows(bias: Tensor | None, first: int, like: Tensor) -> Tensor:
+    """Rows of a second bias that this rank has; its first bias, `like`, where there is none."""
+    return like if bias is None else bias[first : first + len(like)].to(like)
 
 
 def _with(norm: Any, second: Mapping[str, Tensor], prefix: str) -> Any:

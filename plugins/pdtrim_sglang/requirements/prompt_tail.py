@@ -35,14 +35,14 @@ def _check_prefill(server_args: Any, what: str) -> None:
             f"pdtrim: {what}, as many as a batch has, which no graph of prefill knows: start prefill with "
             "--cuda-graph-backend-prefill disabled"
         )
-    if server_args.attn_dp_size > 1 or server_args.enable_dp_attention:  # the latter is deprecated, for --dp-size
-        raise RuntimeError(
-            f"pdtrim: {what}, which ranks with other prompts do not run at the same time: start prefill without "
-            "--attn-dp-size and --enable-dp-attention"
-        )
     for option in NEITHER:
         if getattr(server_args, option):
             raise RuntimeError(f"pdtrim: {what}: start prefill without --{option.replace('_', '-')}")
+    if server_args.attn_dp_size > 1 or server_args.enable_dp_attention:  # the latter is deprecated, for --dp-size
+        raise RuntimeError(
+            f"pdtrim: {what}, and groups of data-parallel attention wait for each other in every layer that some of "
+            "them skip: start prefill without --attn-dp-size and --enable-dp-attention"
+        )
     if server_args.radix_cache_backend is not None and not server_args.disable_radix_cache:
         raise RuntimeError(
             f"pdtrim: {what}, which only SGLang's own radix cache leaves out: start prefill without "
