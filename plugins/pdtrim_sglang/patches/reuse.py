@@ -42,16 +42,20 @@ def keep_received_rows_only(manager: Any, queue: Any) -> Any:
 
 def reusable_tokens(original: Callable[..., int], req: Any, input_len: int) -> int:
     """How many tokens of a prompt its prefix may come from the cache: on prefill none of the plan's tail."""
-    tail = getattr(getattr(req, "disagg_kv_sender", None), "prompt_tail", 0)
-    return max(0, min(original(req, input_len), input_len - tail))
+    return max(0, min(original(req, input_len), input_len - _tail(req)))
 
 
 def insert_rows(original: Callable[..., None], tree: Any, req: Any, *, up_to: int, **others: Any) -> None:
     """Insert the request's first `up_to` tokens: on decode no generated ones, on prefill none of the plan's tail."""
     if getattr(tree, "pdtrim_received_only", False):
         up_to = min(up_to, prompt_tokens(req))
-    if tail := getattr(tree, "pdtrim_tail", 0):
+    if tail := _tail(req):
         up_to = max(0, min(up_to, prompt_tokens(req) - tail))
     moving = getattr(tree, "pdtrim_moving", None)
     with nullcontext() if moving is None else moving(req):
         original(tree, req, up_to=up_to, **others)
+
+
+def _tail(req: Any) -> int:
+    """Last tokens of the prompt that prefill computes for their place; of a request without our sender none are."""
+    return int(getattr(getattr(req, "disagg_kv_sender", None), "prompt_tail", 0))

@@ -58,7 +58,7 @@ def attach_pool(manager: Any, queue: Any) -> Any:
         if (side := getattr(manager, "prefill_side", None)) is not None:
             tree = queue.scheduler.tree_cache
             if (tails := getattr(runner, "pdtrim_tails", None)) is not None:
-                side.tails, tree.pdtrim_tail = tails, side.prompt_tail
+                side.tails = tails
                 tails.follow(runner)
             if side.layerwise is not None:
                 passes.follow(runner, tree, side.layerwise)

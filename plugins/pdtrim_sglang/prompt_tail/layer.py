@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers.layer_boundary.residual import batch as residual
+from sglang.srt.models.llama import LlamaDecoderLayer
+from sglang.srt.models.qwen2 import Qwen2DecoderLayer
+from sglang.srt.models.qwen3 import Qwen3DecoderLayer
 from torch import Tensor, nn
 
 from pdtrim_sglang.kv_only import WriteKV, ZeroProjection
 from pdtrim_sglang.prompt_tail.tails import PromptTails
+
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
 
 class TailedLayer:
@@ -24,9 +30,19 @@ class TailedLayer:
 
     Rows that are not of a tail pass by unchanged, after K and V of all rows were written with the second tensors. The
     tail then runs SGLang's own layer, as a batch of its own, which writes its K and V over those.
+
+    Raises:
+        RuntimeError: the layer is none of `LAYERS`: it takes its residual otherwise, or makes Q, K and V otherwise.
+
     """
 
     def __init__(self, layer: Any, second: Mapping[str, Tensor], tails: PromptTails) -> None:
+        if type(layer) not in LAYERS:
+            raise RuntimeError(
+                "pdtrim: the plugin runs tails of prompts whole through SGLang's "
+                f"{', '.join(kind.__name__ for kind in LAYERS)} alone, and this model has {type(layer).__name__}: "
+                "build the bundle with healing.kv_only_tail 0"
+            )
         self._whole: Callable[..., Tensor] = layer.forward
         self._norm = _with(layer.input_layernorm, second, "input_layernorm.")
         self._attention, self._tails = _kv_alone(layer.self_attn, second), tails
@@ -70,7 +86,7 @@ class SecondProjections(nn.Module):
         first = rank // qkv.num_kv_head_replicas * size
         sides = [f"self_attn.{side}_proj" for side in "kv"]
         weights = [second[f"{side}.weight"][first : first + size] for side in sides]
-        self.weight: Tensor = torch.cat(weights).to(qkv.weight.device)
+        self.weight: Tensor = torch.cat(weights).to(qkv.weight.device, qkv.params_dtype)
         self.bias: Tensor | None = None
         if qkv.bias is not None:
             firsts = dict(zip(sides, qkv.bias.data[self._queries :].split(size), strict=True))
@@ -99,8 +115,14 @@ def _with(norm: Any, second: Mapping[str, Tensor], prefix: str) -> Any:
 
 
 def _twin(module: Any) -> Any:
-    """A copy over the same parameters and modules, whose own can be exchanged."""
+    """A copy over the same parameters and modules, whose own can be exchanged.
+
+    SGLang's operators keep the method that they have chosen for their platform: that is the copy's then.
+    """
     twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(twin)[name] = MethodType(value.__func__, twin)
     for name in ("_parameters", "_buffers", "_modules"):
         vars(twin)[name] = dict(vars(module)[name])
     return twin

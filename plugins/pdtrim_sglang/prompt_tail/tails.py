@@ -18,16 +18,20 @@ class PromptTails:
         self._tokens = tokens
         self._prompts: dict[str, int] = {}
         self._rids: dict[int, str] = {}
+        self._rooms: dict[str, int] = {}
         self._batch: Any = None
         self._rows: TailRows | None = None
 
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
-        self._prompts[rid], self._rids[room] = prompt_tokens, rid
+        self.forget(room)
+        self._prompts[rid], self._rooms[rid], self._rids[room] = prompt_tokens, room, rid
 
     def forget(self, room: int) -> None:
-        """No more of it will be computed, or sent."""
-        self._prompts.pop(self._rids.pop(room, ""), None)
+        """No more of it will be computed, or sent; a request of the same name may be on its way to another room."""
+        rid = self._rids.pop(room, "")
+        if self._rooms.get(rid) == room:
+            del self._rooms[rid], self._prompts[rid]
 
     def of(self, batch: Any) -> TailRows | None:
         """Those of the batch that runs now; None where it computes none."""

@@ -6,6 +6,11 @@ from typing import Any
 
 from pdtrim_deploy.plan import PDPlan
 
+# Their batches, or ranks, have other rows than the tails are told of, or their caches keep rows of tails.
+NEITHER = (
+    "enable_two_batch_overlap", "enable_layernorm_sp", "enable_streaming_session", "enable_lmcache", "enable_flexkv",
+)  # fmt: skip
+
 
 def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
     """Raise RuntimeError for the first option that a plan with a tail cannot be served with."""
@@ -30,13 +35,13 @@ def _check_prefill(server_args: Any, what: str) -> None:
             f"pdtrim: {what}, as many as a batch has, which no graph of prefill knows: start prefill with "
             "--cuda-graph-backend-prefill disabled"
         )
-    for option in ("enable_two_batch_overlap", "enable_streaming_session", "enable_lmcache", "enable_flexkv"):
+    for option in NEITHER:
         if getattr(server_args, option):
             raise RuntimeError(f"pdtrim: {what}: start prefill without --{option.replace('_', '-')}")
-    if server_args.enable_dp_attention:
+    if server_args.attn_dp_size > 1 or server_args.enable_dp_attention:  # the latter is deprecated, for --dp-size
         raise RuntimeError(
             f"pdtrim: {what}, and groups of data-parallel attention wait for each other in every layer that some of "
-            "them skip: start prefill without --enable-dp-attention"
+            "them skip: start prefill without --attn-dp-size and --enable-dp-attention"
         )
     if server_args.radix_cache_backend is not None and not server_args.disable_radix_cache:
         raise RuntimeError(

@@ -1,0 +1,233 @@
+"""Which rows of a batch are of the tails of their prompts, and which attention backend has them."""
+
+import weakref
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+from pdtrim_sglang.prompt_tail.rows import tail_lengths, tail_rows
+from pdtrim_sglang.prompt_tail.tails import PromptTails
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from tailbatches import SLOTS, Part, extend_batch, slots_of
+
+TABLE = slots_of(8)
+OF_REQUESTS = (
+    "batch_size", "rids", "req_pool_indices", "req_pool_indices_cpu", "seq_lens", "seq_lens_cpu", "orig_seq_lens",
+    "seq_lens_sum", "extend_seq_lens", "extend_seq_lens_cpu", "extend_prefix_lens", "extend_prefix_lens_cpu",
+    "extend_start_loc",
+)  # fmt: skip
+OF_TOKENS = ("input_ids", "positions", "out_cache_loc", "extend_num_tokens", "global_num_token_non_padded_cpu")
+
+
+@st.composite
+def batches(draw):
+    """Chunks of up to five prompts, their lengths where they are known, and a tail."""
+    tail, prompts, parts = draw(st.integers(1, 12)), {}, []
+    for row in draw(st.lists(st.integers(0, 7), min_size=1, max_size=5, unique=True)):
+        prompt = draw(st.integers(1, SLOTS))
+        prefix = draw(st.integers(0, prompt - 1))
+        parts.append(Part(f"r{row}", row, prefix, draw(st.integers(1, prompt - prefix))))
+        if draw(st.booleans()):
+            prompts[f"r{row}"] = prompt
+    return parts, prompts, tail
+
+
+def in_tail(part, prompts, tail):
+    """Of each token of the chunk, by its position in the prompt."""
+    known = part.rid in prompts
+    return [known and position >= prompts[part.rid] - tail for position in range(part.prefix, part.stop)]
+
+
+def lengths_of(parts, prompts, tail):
+    return tail_lengths(*zip(*[(part.rid, part.prefix, part.extend) for part in parts], strict=True), prompts, tail)
+
+
+@given(batches())
+def test_a_token_is_of_the_tail_by_its_position_in_the_prompt(drawn):
+    parts, prompts, tail = drawn
+    for part, length in zip(parts, lengths_of(parts, prompts, tail), strict=True):
+        flags = in_tail(part, prompts, tail)
+        assert flags == [False] * (part.extend - length) + [True] * length
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.data())
+def test_chunks_of_any_division_have_the_same_tail(prompt, tail, data):
+    cuts = data.draw(st.sets(st.integers(1, max(1, prompt - 1)).filter(lambda cut: cut < prompt)))
+    ends = [*sorted(cuts), prompt]
+    chunks = zip([0, *ends], ends, strict=False)
+    lengths = [tail_lengths(["a"], [start], [stop - start], {"a": prompt}, tail)[0] for start, stop in chunks]
+    assert sum(lengths) == min(prompt, tail)
+
+
+@settings(deadline=None)
+@given(batches())
+def test_the_view_is_the_batch_that_sglang_would_make_of_these_tokens(drawn):
+    """Compared with a batch whose chunks begin where the tails do."""
+    parts, prompts, tail = drawn
+    batch = extend_batch(parts, TABLE)
+    before = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    lengths = lengths_of(parts, prompts, tail)
+    tails = tail_rows(batch, lengths)
+    flags = [flag for part in parts for flag in in_tail(part, prompts, tail)]
+    if not any(flags):
+        assert tails is None
+        return
+    assert tails.rows.dtype == torch.int64
+    assert tails.rows.tolist() == [row for row, flag in enumerate(flags) if flag]
+    assert tails.everything is all(flags)
+    last = [(part, count) for part, count in zip(parts, lengths, strict=True) if count]
+    expected = extend_batch([part._replace(prefix=part.stop - n, extend=n) for part, n in last], TABLE)
+    for name in OF_REQUESTS + OF_TOKENS:
+        values, expected_values = getattr(tails.batch, name), getattr(expected, name)
+        if isinstance(expected_values, torch.Tensor):
+            assert values.dtype == expected_values.dtype, name
+            assert torch.equal(values, expected_values), name
+        else:
+            assert values == expected_values, name
+    assert all(getattr(batch, name) is value for name, value in before.items()), "the batch itself has changed"
+
+
+def test_a_view_has_a_residual_of_its_own_and_no_count_of_rows_that_are_padding():
+    batch = extend_batch([Part("a", 0, 0, 6)], TABLE)
+    batch.residual_stream, batch.num_token_non_padded = object(), torch.tensor(6)
+    batch.global_num_token_non_padded = torch.tensor(6)
+    view = tail_rows(batch, [2]).batch
+    assert (view.residual_stream, view.num_token_non_padded, view.global_num_token_non_padded) == (None, None, None)
+    assert batch.residual_stream is not None
+
+
+def test_what_sglang_leaves_out_of_a_batch_is_left_out_of_the_view():
+    batch = extend_batch([Part("a", 0, 0, 6)], TABLE)
+    batch.seq_lens_cpu = batch.req_pool_indices_cpu = batch.orig_seq_lens = None
+    view = tail_rows(batch, [2]).batch
+    assert (view.seq_lens_cpu, view.req_pool_indices_cpu, view.orig_seq_lens) == (None, None, None)
+
+
+class Backend:
+    """Notes the batches that it has metadata of, and those that it attends for."""
+
+    def __init__(self):
+        self.planned, self.attended = [], []
+
+    def init_forward_metadata(self, batch):
+        self.planned.append(batch)
+
+    def forward(self, q, k, v, layer, batch, save_kv_cache=True):
+        self.attended.append(batch)
+        return self, save_kv_cache
+
+
+@pytest.fixture
+def worker():
+    """A runner that tails of 4 tokens follow, and the request `a` of 10 tokens for room 1."""
+    bound, whole, second = [], Backend(), Backend()
+    runner = SimpleNamespace(
+        attn_backend=whole, _get_attention_backend=lambda: second,
+        kv_index_translator=SimpleNamespace(bind_own_plan=bound.append),
+    )  # fmt: skip
+    tails = PromptTails(4)
+    tails.follow(runner)
+    tails.expect("a", 1, 10)
+    return SimpleNamespace(tails=tails, backend=runner.attn_backend, whole=whole, second=second, bound=bound)
+
+
+def attend(worker, batch):
+    return worker.backend.forward(None, None, None, None, batch, save_kv_cache=False)
+
+
+def test_a_tail_has_a_backend_of_its_own_and_all_else_the_runners(worker):
+    batch = extend_batch([Part("a", 0, 3, 7), Part("b", 1, 0, 5)], TABLE)
+    worker.backend.init_forward_metadata(batch)
+    tail = worker.tails.of(batch)
+    assert (tail.rows.tolist(), tail.everything) == ([3, 4, 5, 6], False)
+    assert worker.whole.planned == [batch]
+    assert worker.second.planned == worker.bound == [tail.batch]
+    assert attend(worker, batch) == (worker.whole, False)
+    assert attend(worker, tail.batch) == (worker.second, False)
+    assert worker.tails.of(extend_batch([Part("a", 0, 3, 7)], TABLE)) is None, "another batch"
+
+    later = extend_batch([Part("b", 1, 5, 2)], TABLE)
+    worker.backend.init_forward_metadata(later)
+    assert worker.tails.of(batch) is None
+    assert worker.tails.of(later) is None
+    assert attend(worker, tail.batch) == (worker.whole, False), "no batch of a tail any more"
+
+
+def test_where_all_rows_are_of_tails_the_batchs_own_metadata_are_right(worker):
+    batch = extend_batch([Part("a", 0, 7, 3)], TABLE)
+    worker.backend.init_forward_metadata(batch)
+    assert worker.tails.of(batch).everything
+    assert worker.second.planned == worker.bound == []
+    assert attend(worker, batch) == (worker.whole, False)
+
+
+def test_a_tail_is_not_held_when_the_next_batch_comes(worker):
+    batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
+    worker.backend.init_forward_metadata(batch)
+    tail = weakref.ref(worker.tails.of(batch))
+    assert tail() is not None
+    worker.backend.init_forward_metadata(extend_batch([Part("b", 1, 0, 2)], TABLE))
+    assert tail() is None
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.IDLE])
+def test_other_batches_have_no_tail(worker, mode):
+    batch = extend_batch([Part("a", 0, 3, 7)], TABLE, mode)
+    worker.backend.init_forward_metadata(batch)
+    assert worker.tails.of(batch) is None
+    assert (worker.whole.planned, worker.second.planned) == ([batch], [])
+
+
+def test_sglangs_dummy_batches_have_no_tail(worker):
+    batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
+    batch.rids = batch.extend_prefix_lens_cpu = batch.extend_seq_lens_cpu = None
+    worker.backend.init_forward_metadata(batch)
+    assert worker.tails.of(batch) is None
+
+
+def test_what_remains_of_a_forgotten_request_has_no_tail(worker):
+    """It was aborted between its chunks: SGLang may have scheduled the next one."""
+    worker.tails.forget(1)
+    worker.tails.forget(1)
+    batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
+    worker.backend.init_forward_metadata(batch)
+    assert worker.tails.of(batch) is None
+
+
+def tails_of(worker, rid, extend=10):
+    batch = extend_batch([Part(rid, 0, 0, extend)], TABLE)
+    worker.backend.init_forward_metadata(batch)
+    tail = worker.tails.of(batch)
+    return [] if tail is None else tail.rows.tolist()
+
+
+def test_a_request_that_is_sent_again_is_not_forgotten_with_its_first_room(worker):
+    """A client may try again under the same name before SGLang is done with what was aborted."""
+    worker.tails.expect("a", 2, 12)
+    worker.tails.forget(1)
+    assert tails_of(worker, "a", 12) == [8, 9, 10, 11]
+    worker.tails.forget(2)
+    assert tails_of(worker, "a", 12) == []
+
+
+def test_a_room_that_is_used_again_is_of_its_last_request(worker):
+    worker.tails.expect("b", 1, 9)
+    assert tails_of(worker, "a") == []
+    assert tails_of(worker, "b", 9) == [5, 6, 7, 8]
+    worker.tails.forget(1)
+    assert tails_of(worker, "b", 9) == []
+
+
+def test_nothing_is_held_of_requests_that_are_forgotten(worker):
+    for room in range(2, 50):
+        worker.tails.expect(f"r{room}", room, 10)
+        worker.tails.forget(room)
+    worker.tails.forget(1)
+    held = [value for value in vars(worker.tails).values() if isinstance(value, dict)]
+    assert held
+    assert not any(held)
