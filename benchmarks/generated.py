@@ -44,7 +44,9 @@ pool, twice those of a bfloat16 one."""
 REFIT = {"compensation": "least-squares", "sequences": 64}
 BLOCKS: dict[str, dict[str, Any]] = {
     "6 of 24 blocks K and V alone in prefill": {"healing": {**REFIT, "kv_only_blocks": 6}},
-    "the same, the last 64 prompt tokens whole": {"healing": {**REFIT, "kv_only_blocks": 6, "kv_only_tail": 64}},
+    "6 of 24 blocks K and V alone in prefill, tail of 64 tokens": {
+        "healing": {**REFIT, "kv_only_blocks": 6, "kv_only_tail": 64}
+    },
     "2 of 24 blocks fewer in decode": {"pruning": {"method": "greedy", "decode_blocks": 2}, "healing": REFIT},
 }
 """Sections of the recipes of plans that cut blocks; all prompt KV travels native."""

@@ -75,6 +75,7 @@ REQUESTS = {
     "distil": {"pruning": CUT | {"method": "anneal", "distil": True}},
     "training": {"pruning": CUT, "healing": {"decode_steps": 1}},
     "kv_only_blocks": {"pruning": CUT, "healing": {"kv_only_blocks": 1}},
+    "kv_only_tail": {"pruning": CUT, "healing": {"kv_only_blocks": 1, "kv_only_tail": 4}},
     "sublayers": {"pruning": {"decode_attentions": 1}},
 }
 

@@ -23,7 +23,15 @@ Tensors = dict[str, Axes]
 """Tensors by their name within a block (`{expert}` stands for an expert's number), with the sizes of their axes."""
 
 Feature = Literal[
-    "norm", "least-squares", "distil", "training", "kv_only_blocks", "sublayers", "blocks_in_memory", "engines"
+    "norm",
+    "least-squares",
+    "distil",
+    "training",
+    "kv_only_blocks",
+    "kv_only_tail",
+    "sublayers",
+    "blocks_in_memory",
+    "engines",
 ]
 _MTP = "num_nextn_predict_layers"
 _EXACT = ("e_score_correction_bias",)
