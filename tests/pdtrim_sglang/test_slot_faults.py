@@ -30,7 +30,6 @@ def packed_by_kernels(layout, keys, values, slots, out=None, *_):
 def test_of_two_chunks_that_wait_in_their_slots_the_wrong_one_is_blamed(monkeypatch, order):
     monkeypatch.setattr(packing, "pack", packed_by_kernels)
     monkeypatch.setattr(PoolView, "record_event", lambda _: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(faults, "new_flag", lambda _: torch.zeros(1, dtype=torch.int32))  # pinning needs a driver
     with PretendedGPU():
         pool = PoolView([gpu(torch.zeros(16, 1, 4))], [gpu(torch.zeros(16, 1, 4))], TOKENS)
         packer = Packer(PDPlan.dense(SHAPE), pool, AuxRows((), ()), [torch.zeros(256, dtype=torch.uint8)] * 2)

@@ -46,7 +46,7 @@ def test_rows_and_their_table(modules):
         "| Qwen2.5-Coder-0.5B (Q4_K_M) | HellaSwag, acc_norm | uniform k4v3 | 4.24x | 4 | 75.0% | 50.0% | 0.667" in text
     )
     assert "(tie) | abc, A |" in text.splitlines()[3]
-    assert "| 3 | 20.09 | 22.42 | 1.116 ± 0.006 | abc, A |" in text
+    assert "| 3 | 20.09 | 22.42 | 1.1163 ± 0.0064 | abc, A |" in text
 
 
 def test_rows_of_several_commits_are_not_paired(modules, monkeypatch):

@@ -23,8 +23,8 @@ _of_thread = _OfThread()
 
 
 def new_flag(device: torch.device) -> Tensor:
-    """int32 `[1]` in host memory, which kernels of this device can write."""
-    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    """int32 `[1]` in host memory, which kernels of this device can write; pinned where there is a GPU."""
+    return torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda" and torch.cuda.is_available())
 
 
 def flag_of(device: torch.device) -> Tensor:
