@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Pa
     (at / "tiny").symlink_to(tiny_llama_dir)
     (at / "text").mkdir()
     for n in range(12):
-        (at / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+        (at / "text" / f"{n}.txt").write_text(f"{n} quick brown foxes jump over the lazy dog " * 60)
     recipe = {
         "name": "mine",
         "model": {"source": f"hf:{tiny_llama_dir}"},

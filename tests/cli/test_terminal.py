@@ -34,7 +34,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) 
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "text").mkdir()
     for n in range(12):
-        (folder / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+        (folder / "text" / f"{n}.txt").write_text(f"{n} quick brown foxes jump over the lazy dog " * 60)
     data = {
         "name": "tiny",
         "model": {"source": f"hf:{tiny_llama_dir}"},

@@ -123,7 +123,7 @@ def test_turns_of_one_conversation_and_equal_texts_share_a_split(tmp_path, cache
     parts = {split: {d.text.strip().split("\n")[0] for d in corpus.split(split)} for split in SPLITS}
     assert sum(len(part) for part in parts.values()) == 40
     assert sum(len(corpus.split(split)) for split in SPLITS) == 140
-    with pytest.raises(UserError, match="has 1 different beginnings of documents"):
+    with pytest.raises(UserError, match="has 1 documents with different texts or beginnings"):
         load(f"jsonl:{lines(tmp_path / 'same.jsonl', *[{'text': 'a'}] * 5)}", cache).split("final")
 
 

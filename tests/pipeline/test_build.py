@@ -274,7 +274,7 @@ def test_prompts_longer_than_the_corpus_are_refused_before_the_first_step(
 ) -> None:
     (tmp_path / "short").mkdir()
     for number in range(12):
-        (tmp_path / "short" / f"{number}.txt").write_text("short text " * 20)
+        (tmp_path / "short" / f"{number}.txt").write_text(f"short text {number} " * 20)
     kv = {"method": "budget", "reduction": 2.0, "sequences": 2, "prompt_tokens": 24, "continuation_tokens": 8}
     kv["sparse_choices"] = [[2, 6]]
     text = {"corpus": f"dir:{tmp_path / 'short'}", "sequences": 2, "length": 32}

@@ -251,7 +251,7 @@ def test_calibration_text_reaches_only_those_that_quantise(
 ) -> None:
     (tmp_path / "text").mkdir()
     for n in range(12):
-        (tmp_path / "text" / f"{n}.txt").write_text("the cat sat on the mat and looked at the moon " * 20)
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} cats sat on the mat and looked at the moon " * 20)
     path = write({"onnx": {}, "tensorrt-llm": {"quantisation": "fp8"}})
     data = yaml.safe_load(path.read_text())
 

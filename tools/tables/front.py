@@ -77,18 +77,23 @@ def _tail(tail: Data) -> tuple[str, str, str, str]:
     longest = max(tokens for _, tokens in ours if all((prompt, tokens) in ours for prompt in prompts))
     work, costs = [], []
     for prompt in prompts:
-        rows, dense = ours[prompt, longest]
+        rows, _ = ours[prompt, longest]
         work.append(f"{rows['brown']['share']:.2f} at {prompt:,}")
-        without = f" ({of_all(*ours[prompt, 0])} without a tail)" if (prompt, 0) in ours else ""
-        costs.append(f"{of_all(rows, dense)}{without} after {prompt:,} prompt tokens, mean of four kinds of text")
+        found = len(rows["needle"]["right"])
+        cost = [f"{of_all(*ours[prompt, tokens])} and {_right(ours[prompt, tokens][0])}" for tokens in (longest, 0)]
+        costs.append(f"after {prompt:,} prompt tokens {cost[0]} of {found} facts found (without a tail {cost[1]})")
     count = len(rows["brown"]["which"])
     return (
         f"KV-only prefill with a tail: {count} of 30 blocks, but the last {longest} tokens of a prompt run all blocks: "
         "`include: [units/healing/kv-only-12-tail.yaml]`",
         f"work of prefill's blocks: {', '.join(work)} prompt tokens (arithmetic)",
-        "; ".join(costs),
+        "mean of four kinds of text, and facts hidden in a prompt: " + "; ".join(costs),
         "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
     )
+
+
+def _right(rows: dict[str, Data]) -> int:
+    return sum(rows["needle"]["right"])
 
 
 def _trained(kvdistil: Data, alone: int) -> tuple[Data, dict[str, str]]:

@@ -73,7 +73,7 @@ class Corpus:
         groups = {d.group or d.id for d in self.documents}
         total = len(groups)
         if total < len(SPLITS):
-            what = "documents" if total == len(self.documents) else "different beginnings of documents"
+            what = "documents" if total == len(self.documents) else "documents with different texts or beginnings"
             raise UserError(f"corpus {self.name} has {total} {what}; disjoint splits need at least {len(SPLITS)}")
         ranked = sorted(groups, key=lambda group: sha256(group.encode()).digest())
         share = max(1, total * 2 // 5)
