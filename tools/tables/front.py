@@ -79,9 +79,9 @@ def _tail(tail: Data) -> tuple[str, str, str, str]:
     for prompt in prompts:
         rows, _ = ours[prompt, longest]
         work.append(f"{rows['brown']['share']:.2f} at {prompt:,}")
-        found = len(rows["needle"]["right"])
+        needles = len(rows["needle"]["right"])
         cost = [f"{of_all(*ours[prompt, tokens])} and {_right(ours[prompt, tokens][0])}" for tokens in (longest, 0)]
-        costs.append(f"after {prompt:,} prompt tokens {cost[0]} of {found} facts found (without a tail {cost[1]})")
+        costs.append(f"after {prompt:,} prompt tokens {cost[0]} of {needles} facts found (without a tail {cost[1]})")
     count = len(rows["brown"]["which"])
     return (
         f"KV-only prefill with a tail: {count} of 30 blocks, but the last {longest} tokens of a prompt run all blocks: "
