@@ -21,6 +21,7 @@ from typing import Any
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import vital
+from pdtrim_sglang.by_request import ByRequest
 from pdtrim_sglang.forward_pass import ForwardPass
 from pdtrim_sglang.layer_positions import LayerPositions
 from pdtrim_sglang.packing import Chunk
@@ -69,8 +70,7 @@ class LayerwiseSends:
         self._plan, self._pool, self._queue_chunks = plan, pool, queue_chunks
         self.least_bytes, self._most_tokens = least_bytes, most_tokens
         self._computed_after = list(accumulate(plan.layer_map, max))  # decode's layers up to each
-        self._requests: dict[str, _Request] = {}
-        self._rids: dict[int, str] = {}
+        self._requests = ByRequest[_Request]()
         self._lock = threading.Lock()  # over positions and the order of chunks
         self._pass, self._due = ForwardPass(), deque[_Part]()
         self._on_device: queue.SimpleQueue[tuple[Any, list[_Part]]] = queue.SimpleQueue()
@@ -80,19 +80,19 @@ class LayerwiseSends:
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
         with self._lock:
-            self._requests[rid], self._rids[room] = _Request(room, prompt_tokens), rid
+            self._requests.put(rid, room, _Request(room, prompt_tokens))
 
     def ready(self, room: int, reused_tokens: int) -> None:
         """Decode waits for the room's rows, and has those of its first tokens in full layers."""
         with self._lock:
-            if (request := self._request(room)) is not None:
+            if (request := self._requests.of_room(room)) is not None:
                 request.positions = LayerPositions(len(self._plan.kv), self._plan.first_sent(reused_tokens))
                 request.reused_tokens = reused_tokens
 
     def forget(self, room: int) -> None:
         """Nothing more will be sent to `room`."""
         with self._lock:
-            self._requests.pop(self._rids.pop(room, ""), None)
+            self._requests.forget(room)
 
     def begin(
         self, rids: Sequence[str], starts: Sequence[int], lengths: Sequence[int], pages: Callable[[int, int, int], Any]
@@ -134,12 +134,9 @@ class LayerwiseSends:
     def submit(self, chunk: Chunk) -> None:
         """Queue what is missing of a chunk whose forward pass has ended."""
         with self._lock:
-            request = self._request(chunk.room)
+            request = self._requests.of_room(chunk.room)
             positions = None if request is None else request.positions
             self._queue_chunks([chunk] if positions is None else _rest(chunk, positions))
-
-    def _request(self, room: int) -> _Request | None:
-        return self._requests.get(self._rids.get(room, ""))
 
     def _parts(
         self, request: _Request, start: int, stop: int, place: int, pages: Callable[[int, int, int], Any]
@@ -169,7 +166,7 @@ class LayerwiseSends:
     def _send(self, parts: Sequence[_Part]) -> None:
         for part in parts:
             with self._lock:
-                request = self._request(part.chunk.room)
+                request = self._requests.of_room(part.chunk.room)
                 if request is not part.request or request.positions is None:  # a room number may be used again
                     continue
                 chunks, positions = list[Chunk](), request.positions

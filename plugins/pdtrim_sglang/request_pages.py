@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
+from pdtrim_sglang.by_request import ByRequest
 from pdtrim_sglang.pool import PoolView
 
 
@@ -82,20 +83,19 @@ class WaitingPages:
     """Those of a worker's chunks that wait to be read, by SGLang's request; called by its scheduler's thread."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, RequestPages] = {}
-        self._rids: dict[int, str] = {}
+        self._requests = ByRequest[RequestPages]()
 
     def expect(self, rid: str, room: int) -> None:
         """Chunks of request `rid` will be sent to `room`."""
-        self._rids[room], self._requests[rid] = rid, RequestPages()
+        self._requests.put(rid, room, RequestPages())
 
     def forget(self, room: int) -> None:
         """No more will be sent there."""
-        self._requests.pop(self._rids.pop(room, ""), None)
+        self._requests.forget(room)
 
     def add(self, room: int, start: int, stop: int, pages: Any) -> MovingPages | None:
         """A chunk has `pages`; None where nothing is expected to be sent there."""
-        request = self._requests.get(self._rids.get(room, ""))
+        request = self._requests.of_room(room)
         return None if request is None else request.add(start, stop, pages)
 
     def moving(self, rid: str, pages: Callable[[int, int], Any], pool: PoolView) -> AbstractContextManager[None]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdtrim_sglang.by_request import ByRequest
+
 
 @dataclass(frozen=True)
 class TailRows:
@@ -25,7 +27,11 @@ class TailRows:
 
 
 def tail_lengths(
-    rids: Sequence[str], prefixes: Sequence[int], extends: Sequence[int], prompts: Mapping[str, int], tail: int
+    rids: Sequence[str],
+    prefixes: Sequence[int],
+    extends: Sequence[int],
+    prompts: Mapping[str, int] | ByRequest[int],
+    tail: int,
 ) -> list[int]:
     """By request, how many of the tokens that the batch computes are among the last `tail` of its prompt.
 

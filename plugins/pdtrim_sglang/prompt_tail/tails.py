@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pdtrim_sglang.by_request import ByRequest
 from pdtrim_sglang.prompt_tail.rows import TailRows, tail_lengths, tail_rows
 
 
@@ -16,22 +17,17 @@ class PromptTails:
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
-        self._prompts: dict[str, int] = {}
-        self._rids: dict[int, str] = {}
-        self._rooms: dict[str, int] = {}
+        self._prompts = ByRequest[int]()
         self._batch: Any = None
         self._rows: TailRows | None = None
 
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
-        self.forget(room)
-        self._prompts[rid], self._rooms[rid], self._rids[room] = prompt_tokens, room, rid
+        self._prompts.put(rid, room, prompt_tokens)
 
     def forget(self, room: int) -> None:
-        """No more of it will be computed, or sent; a request of the same name may be on its way to another room."""
-        rid = self._rids.pop(room, "")
-        if self._rooms.get(rid) == room:
-            del self._rooms[rid], self._prompts[rid]
+        """No more of it will be computed, or sent."""
+        self._prompts.forget(room)
 
     def of(self, batch: Any) -> TailRows | None:
         """Those of the batch that runs now; None where it computes none."""

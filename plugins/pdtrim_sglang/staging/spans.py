@@ -21,6 +21,7 @@ from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows, chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.by_request import ByRequest
 from pdtrim_sglang.staging.arena import Arena, Block
 
 
@@ -137,8 +138,7 @@ class Staging:
     def __init__(self, plan: PDPlan, kv_heads: int, dtype: torch.dtype, arena: Arena) -> None:
         self._plan, self._kv_heads, self._dtype, self._arena = plan, kv_heads, dtype, arena
         self._inputs = [rows_input(send) for send in plan.kv]
-        self._expected: dict[str, _Expected] = {}
-        self._requests: dict[int, str] = {}
+        self._expected = ByRequest[_Expected]()
         self._spans: dict[int, list[Span]] = {}
 
     @property
@@ -148,12 +148,12 @@ class Staging:
 
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """Request `rid` will be computed, and its KV sent to `room`."""
-        self._expected[rid], self._requests[room] = _Expected(room, prompt_tokens), rid
+        self._expected.put(rid, room, _Expected(room, prompt_tokens))
 
     def forget(self, room: int) -> None:
         """Nothing more will be sent to `room`."""
         self._spans.pop(room, None)
-        self._expected.pop(self._requests.pop(room, ""), None)
+        self._expected.forget(room)
 
     def batch(self, rids: Sequence[str], starts: Sequence[int], lengths: Sequence[int]) -> StagedBatch | None:
         """Rows and buffers of a forward pass over tokens `[start, start + length)` of each request, one after another.
@@ -192,7 +192,7 @@ class Staging:
     def commit(self, batch: StagedBatch, event: Any = None) -> None:
         """The engine has filled the buffers of `batch` (once `event` has come)."""
         for room, span in batch.spans:
-            if room in self._requests:
+            if self._expected.of_room(room) is not None:
                 older = (s for s in self._spans.get(room, ()) if s.layout.stop <= span.layout.start)
                 done = span if event is None else Span(span.layout, span.sides, span.block, event)
                 self._spans[room] = [*older, done]
