@@ -11,7 +11,7 @@ from types import MappingProxyType
 import pytest
 from bundle_variants import mixed, variant
 
-from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.bundle import RECIPE, Bundle
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
@@ -107,6 +107,13 @@ def tiny_bundle(tiny_model, real_cache, tmp_path_factory):
     }
     build(Recipe.model_validate(recipe), folder / "bundle", real_cache)
     return Bundle.open(folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def untailed_bundle(tiny_bundle, real_cache, tmp_path_factory):
+    """`tiny_bundle` whose prefill runs all its blocks whole: decode may have a radix cache of its own."""
+    whole = Recipe.load(tiny_bundle.path / RECIPE).changed("this test", "healing", kv_only_blocks=0, kv_only_tail=0)
+    return build(whole, tmp_path_factory.mktemp("untailed") / "bundle", real_cache)
 
 
 @pytest.fixture(scope="session")

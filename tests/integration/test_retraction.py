@@ -16,13 +16,14 @@ pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), py
 
 
 @pytest.fixture
-def short_pair(serving, tiny_bundle, request):
+def short_pair(serving, request):
     """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer."""
     options = {"max_total_tokens": 2048, "split_pool": SplitPool(isl=400, osl=16), "dtype": "float32", "sparse": True}
     arguments = ("--num-reserved-decode-tokens", "4", "--enable-priority-scheduling")
     arguments += ("--load-snapshot-publish-interval", "1")  # of steps: for `wait_until`
     options |= {"extra_args": arguments, "decode_args": getattr(request, "param", ())}
-    with serving(tiny_bundle.prefill_dir, tiny_bundle.decode_dir, **options) as pair:
+    bundle = request.getfixturevalue("untailed_bundle" if options["decode_args"] else "tiny_bundle")
+    with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
         yield pair
 
 
