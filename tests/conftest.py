@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Processes of xdist report to the first, which writes."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job, whose programs would ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     file = config.getoption("--family-results")
     if file and not hasattr(config, "workerinput"):
         config.pluginmanager.register(familyresults.FamilyResults(file))
