@@ -49,7 +49,8 @@ def depends_on(recipe: Recipe) -> list[Any]:
     """What the step depends on besides the one before."""
     dump = recipe.model_dump(mode="json")
     alone = [_version(recipe)] if recipe.healing.kv_only_blocks else []  # other recipes' keys are older than versions
-    return [dump["students"], _section(recipe.healing), dump["calibration"], *alone]
+    tail = [recipe.healing.kv_only_tail] if recipe.healing.kv_only_tail else []  # of the plan, not of the weights
+    return [dump["students"], _section(recipe.healing), dump["calibration"], *alone, *tail]
 
 
 def _version(recipe: Recipe) -> int:

@@ -97,6 +97,16 @@ def test_other_tails_share_what_was_fitted(
             assert torch.equal(stored[f"model.layers.{layer}.{name}"], second[f"{block}.{name}"])
 
 
+def test_another_tail_in_the_same_folder_is_built_again(
+    bundle: Bundle, copied: Bundle, tiny_dir: Callable[[str], Path], text: Path
+) -> None:
+    """Its weights come from the cache, but plan and checkpoints say the tail."""
+    cache, source = Cache(bundle.path.parent / "cache"), tiny_dir("Qwen3ForCausalLM")
+    other = build(recipe(source, text, tail=TAIL + 4), copied.path, cache)
+    assert other.plan == bundle.plan.with_parts(kv_only_tail=TAIL + 4)
+    assert json.loads((other.prefill_dir / "config.json").read_text())["pdtrim"]["kv_only_tail"] == TAIL + 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_that_come_and_go_give_the_same_weights_and_scores(
     dtype: str, tiny_dir: Callable[[str], Path], text: Path, tmp_path: Path
