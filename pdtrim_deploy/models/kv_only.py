@@ -1,9 +1,8 @@
 """Prefill layers that run for their K and V alone, but for a prompt's last tokens, which they run whole.
 
 Of all other tokens such a layer makes K and V by second projections (and norms), and leaves the hidden state as it is.
-The tail goes through the layer as the model has it, whose attention reads those K and V. So the tokens that say what
-comes next, and the K and V that decode reads most, are near the dense model's. (POP, arXiv:2602.03295, runs the last
-prompt token whole.) The checkpoint has the model's own layers; the second projections lie beside it
+The tail goes through the layer as the model has it, whose attention reads those K and V: what the pair says next is
+then nearer to the dense model's. The checkpoint has the model's own layers; the second projections lie beside it
 (`second_tensors.py`).
 """
 
