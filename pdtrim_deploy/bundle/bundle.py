@@ -30,6 +30,7 @@ from pdtrim_deploy.bundle.manifest import (
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import file_sha256
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.targets import TARGETS
 
@@ -66,6 +67,11 @@ class Bundle:
     def checkpoints(self) -> list[Path]:
         """All HF checkpoints, prefill first."""
         return [self.path / folder for folder in self.plan.checkpoints]
+
+    @property
+    def models(self) -> list[Path]:
+        """All folders with weights, each once: of `checkpoints`, and of prompts before a tail."""
+        return [*self.checkpoints, *([self.prefill_dir / BODY] if self.plan.kv_only_tail else [])]
 
     @property
     def engines(self) -> dict[str, TargetResult]:

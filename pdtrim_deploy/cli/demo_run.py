@@ -24,7 +24,7 @@ from pdtrim_deploy.local.compute import ON_CPU
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.pipeline.model_card import refresh_cards
 from pdtrim_deploy.plan import STAGES
-from pdtrim_deploy.plan.blocks import KV_ONLY
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.metrics import (
@@ -137,8 +137,8 @@ class Demo:
         weights = {
             f"{stage}_weights": sum(
                 file.stat().st_size
-                for name in ("*.safetensors", KV_ONLY)
-                for file in bundle.stage_dir(stage).glob(name)
+                for files in ("*.safetensors", f"{BODY}/*.safetensors")
+                for file in bundle.stage_dir(stage).glob(files)
             )
             for stage in STAGES
         }

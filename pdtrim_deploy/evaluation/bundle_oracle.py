@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models.kv_only import attach
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.second_tensors import read_second
+from pdtrim_deploy.models.prompt_tail import attach, check_body
 from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan.blocks import BODY
 
 
 def oracle_of(
@@ -24,11 +26,14 @@ def oracle_of(
     from pdtrim_deploy.models.on_devices import load_to_compute
 
     plan, dtype = bundle.plan, bundle.plan.model.kv_dtype
-    models = {
-        folder: load_to_compute(name, bundle.path / folder, dtype, note, compute, rounds_inputs=rounds_inputs)
-        for folder, name in zip(plan.checkpoints, ("unified",) if plan.unified else STAGES, strict=True)
-    }
+    check_body(bundle.prefill_dir, plan)
+
+    def load(name: str, folder: Path) -> CausalLM:
+        return load_to_compute(name, folder, dtype, note, compute, rounds_inputs=rounds_inputs)
+
+    names = ("unified",) if plan.unified else STAGES
+    models = {f: load(name, bundle.path / f) for f, name in zip(plan.checkpoints, names, strict=True)}
     prefill, decode = models[plan.folder("prefill")], models[plan.folder("decode")]
     if plan.kv_only_tail:
-        attach(prefill, plan, read_second(bundle.prefill_dir, plan))
+        prefill = attach(load("prefill body's", bundle.prefill_dir / BODY), prefill)
     return PDOracle(prefill, decode, plan.with_parts(unified=False), KeyOffsets.read(bundle.prefill_dir, plan))

@@ -19,13 +19,13 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
-from pdtrim_deploy.models import kv_only
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.linear_attention import State, from_pool
 from pdtrim_deploy.models.linear_attention import to_pool as state_to_pool
 from pdtrim_deploy.models.pd_run import continuation_logprobs
+from pdtrim_deploy.models.prompt_tail import tail_model
 from pdtrim_deploy.models.sublayers import skip_sublayers
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 
@@ -65,12 +65,12 @@ class PDOracle:
         prefill_model, decode_model: stage models with the plan's layers; they may share weights.
         plan: sublayers that it leaves out are skipped, whatever the models have there; its `row_dtype` is that of
             prompt KV in the pool and on the wire, whatever the models compute in. One with a tail needs a prefill
-            model with second projections (`kv_only.attach`).
+            model that was given the tail's (`prompt_tail.attach`).
         offsets: the plan's key offsets, of all KV heads; None when it has none.
 
     Raises:
-        ValueError: a model's layers are not as many as the plan's, the offsets are not the plan's, or second
-            projections are missing.
+        ValueError: a model's layers are not as many as the plan's, the offsets are not the plan's, or the tail's
+            model is missing.
 
     """
 
@@ -86,7 +86,8 @@ class PDOracle:
             if layers != len(planned):
                 raise ValueError(f"the {stage} model has {layers} layers, the plan {len(planned)}")
             models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage))
-        kv_only.check_attached(models["prefill"], plan)
+        tail = tail_model(prefill_model, plan)
+        self._tail = None if tail is None else Blockwise(tail)
         self.prefill_model, self.decode_model = models["prefill"], models["decode"]
         self._prefill, self.decode = Blockwise(self.prefill_model), Blockwise(self.decode_model)
 
@@ -134,12 +135,10 @@ class PDOracle:
         dtype, home = getattr(torch, self.plan.model.row_dtype), self._prefill.home
         pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
         kept: list[list[State]] = [[] for _ in parts]
-        run = LayerRun(self._prefill, parts)
-        while run.running:
+        runs = self.prompt_runs(parts)
+        while runs[-1].running:
             kvs = [LayerKV(pool=self.fp8_pool) for _ in parts]
-            if kv_only.attached(self._prefill.layers[run.layer]):
-                kv_only.advance(run, kvs, self.plan.kv_only_tail)
-            else:
+            for run in runs:
                 run.advance(kvs)
             for pool, states, kv in zip(pools, kept, kvs, strict=True):
                 if kv.state is not None and self.plan.model.states is not None:
@@ -147,12 +146,23 @@ class PDOracle:
                 if kv.keys is not None and kv.values is not None:
                     pool.append((to_pool(kv.keys, dtype, home), to_pool(kv.values, dtype, home)))
         left = []
-        for prompts, pool, states, hidden in zip(parts, pools, kept, run.states, strict=True):
+        for prompts, pool, states, hidden in zip(parts, pools, kept, runs[-1].states, strict=True):
             keys, values = zip(*pool, strict=True)
-            logits = self._prefill.logits(hidden[:, -1])
+            logits = runs[-1].runner.logits(hidden[:, -1])
             batch, tokens = prompts.shape
             left.append(PrefillState(batch, tokens, keys, values, logits, tuple(states)))
         return left
+
+    def prompt_runs(self, parts: Sequence[Tensor]) -> list[LayerRun]:
+        """Prompts before prefill's first layer: all tokens, or those before the plan's tail and then the tail's.
+
+        They go through each layer in this order, with the same K and V.
+        """
+        if self._tail is None:
+            return [LayerRun(self._prefill, parts)]
+        before = max(0, parts[0].shape[1] - self.plan.kv_only_tail)
+        tails = LayerRun(self._tail, [part[:, before:] for part in parts], before)
+        return [LayerRun(self._prefill, [part[:, :before] for part in parts]), tails] if before else [tails]
 
     @torch.no_grad()
     def hand_over(self, state: PrefillState) -> list[LayerKV]:

@@ -121,8 +121,6 @@ def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None
         yield "pruning.blocks_in_memory", pruning.blocks_in_memory, "to leave it out", "blocks_in_memory"
     if healing.kv_only_blocks:
         yield "healing.kv_only_blocks", healing.kv_only_blocks, "0", "kv_only_blocks"
-    if healing.kv_only_tail:
-        yield "healing.kv_only_tail", healing.kv_only_tail, "0", "kv_only_tail"
     if healing.compensation == "norm":
         yield "healing.compensation", "norm", "none", "norm"
     if healing.compensation == "least-squares":

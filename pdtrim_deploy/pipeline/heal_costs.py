@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import fitted_bytes
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.healing import RANKED
@@ -14,12 +13,6 @@ def fit_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     """Of one block's normal equations and of the new maps, if blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
     return fitted_bytes(sizes, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
-
-
-def second_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
-    """Of the second K and V projections beside a prefill checkpoint with a tail; 0 without."""
-    healing = recipe.healing
-    return healing.kv_only_blocks * sizes.kv * ITEM_BYTES[recipe.model.dtype] if healing.kv_only_tail else 0
 
 
 def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.plan.blocks import KV_ONLY
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.recipe import CalibrationSection, Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.serving.gpu_defaults import (
@@ -35,9 +35,8 @@ def standing(plan: PDPlan, stage: Stage, version: str) -> str:
     )
     if stage == "prefill" and plan.kv_only_tail:
         return (
-            f"{text} The blocks that run for their K and V alone are whole in `model*.safetensors`: what makes these K "
-            f"and V lies in `{KV_ONLY}`, which only SGLang with pdtrim-deploy reads. Loaded as a whole model it runs "
-            "these blocks for all tokens, which costs the time that the pair saves, and is not what the pair computes."
+            f"{text} It has the base model's weights, for the last {plan.kv_only_tail} tokens of each prompt. The "
+            f"tokens before them run through `{BODY}/`, which only SGLang with pdtrim-deploy reads."
         )
     if stage == "prefill" or all(action.kind == "keep" for action in plan.decode):
         return text
@@ -112,19 +111,12 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed, *, compe
             f"difference {report['difference']:+.4f} ± {report['stderr']:.4f}, paired by "
             f"{report['sequences']} sequences)"
         )
-    if alone and plan.kv_only_tail:
-        second = f"- K and V of the blocks that run for these alone are made by refitted projections in `{KV_ONLY}`"
-        more = [f"{second}; the blocks' own weights are the base model's"]
-        return [*_differ(done, "of all blocks are"), *more]
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
-    return _differ(done, "of all other blocks are" if alone else "are")
-
-
-def _differ(done: Sequence[str], same: str) -> list[str]:
-    """What `done` to the weights means for a reader; `same` ends of what makes K and V."""
     if not done:
         return []
-    return [f"- Weights differ from the base model's: {', '.join(done)}; what makes K and V {same} as there"]
+    same = "of all other blocks are" if alone else "are"
+    differ = f"Weights in `{BODY}/` differ" if alone and plan.kv_only_tail else "Weights differ"
+    return [f"- {differ} from the base model's: {', '.join(done)}; what makes K and V {same} as there"]
 
 
 def _taught(recipe: Recipe) -> str:

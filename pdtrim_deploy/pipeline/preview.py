@@ -23,7 +23,6 @@ from pdtrim_deploy.pipeline.build_steps import done_steps, steps_of
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
-from pdtrim_deploy.pipeline.heal_costs import second_bytes
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.rates import Rates, measure
@@ -129,7 +128,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
     }
     sizes = {name: _stage_bytes(tensors, checkpoint.family, plan, stage) for name, stage in plan.checkpoints.items()}
     if recipe.healing.kv_only_tail:
-        sizes["prefill"] += second_bytes(recipe, ModelSizes.of(checkpoint.config))
+        sizes["prefill"] *= 2  # of the tail, and of what comes before it
     done = {step for step, is_done in steps.items() if is_done}
     costs = _costs(recipe, checkpoint.config, compute, done)
     return Preview(recipe, steps, prompt_tokens, sizes, *_sent(plan, prompt_tokens), **costs)
@@ -195,7 +194,7 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
     stages = plan.checkpoints if tensors else {}
     sizes = {name: _stage_bytes(tensors, family, plan, stage) for name, stage in stages.items()} or None
     if sizes and recipe.healing.kv_only_tail:
-        sizes["prefill"] += second_bytes(recipe, ModelSizes.of(config))
+        sizes["prefill"] *= 2
     costs = _costs(recipe, config, compute, ())
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
 

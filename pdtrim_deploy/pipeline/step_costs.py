@@ -19,7 +19,7 @@ from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continuation_costs
 from pdtrim_deploy.pipeline.engine_costs import engine_memory
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, second_bytes
+from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.joint_costs import joint_cost
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.training_costs import TrainingCost, holds_model, training_costs
@@ -82,10 +82,10 @@ class _Costs:
         self.loaded = 0.0
         for stage in (UNIFIED,) if recipe.stages == "unified" else STAGES:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
-            second = second_bytes(recipe, self.sizes) if stage == "prefill" else 0
-            size = self._stored(lost) + second
-            peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed() + second)
-            costs[stage] = StepCost(peak, size + second, written=size)  # the second projections lie in .build too
+            size = self._stored(lost)
+            peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
+            size *= 2 if stage == "prefill" and recipe.healing.kv_only_tail else 1  # and what comes before the tail
+            costs[stage] = StepCost(peak, size, written=size)
         for target, section in recipe.targets.requested.items():
             for stage in STAGES:  # in a process of its own
                 lost = recipe.pruning.decode_blocks  # prefill loses no more

@@ -12,7 +12,7 @@ from pdtrim_deploy.pipeline import heal_kv, texts
 from pdtrim_deploy.pipeline.chosen import PRUNING
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.plan import STAGES, Stage
-from pdtrim_deploy.plan.blocks import KV_ONLY
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.pruning.search_logs import DECODE_AGAIN, LOGS, finalists_log, search_log
 
@@ -172,30 +172,27 @@ def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
 
 def write_stage(context: Context, stage: Stage) -> set[str]:
     """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
-    from pdtrim_deploy.models.block_tensors import cast, save_blocks
-    from pdtrim_deploy.models.second_tensors import divide
     from pdtrim_deploy.models.surgery import write_stage as write
 
     plan, changed = context.plan, heal_kv.changed(context).get(stage, {})
     blocks, files = plan.layers(stage), [context.out / KEY_OFFSETS] if plan.key_offsets else []
-    if stage == "prefill" and plan.kv_only_tail:
-        changed, second = divide(changed, plan)
-        files.append(context.out / WORK / KV_ONLY)
-        save_blocks(cast(second, context.recipe.model.dtype), files[-1])
     context.forget_model()
-    quantized = context.checkpoint.quantized
-    context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
-    folder = plan.folder(stage)
-    write(
-        context.checkpoint,
-        context.out / folder,
-        blocks,
-        context.recipe.model.dtype,
-        plan.model_dump(mode="json"),
-        replacements=changed,
-        experts=plan.kept_experts(stage),
-        missing=plan.missing(stage),
-        files=files,
-        note=context.note,
-    )
+    quantized, folder = context.checkpoint.quantized, plan.folder(stage)
+    weights = {folder: changed}
+    if stage == "prefill" and plan.kv_only_tail:
+        weights = {folder: {}, f"{folder}/{BODY}": changed}
+    for place, replacements in weights.items():
+        context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
+        write(
+            context.checkpoint,
+            context.out / place,
+            blocks,
+            context.recipe.model.dtype,
+            plan.model_dump(mode="json"),
+            replacements=replacements,
+            experts=plan.kept_experts(stage),
+            missing=plan.missing(stage),
+            files=files,
+            note=context.note,
+        )
     return {folder}

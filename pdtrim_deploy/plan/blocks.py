@@ -45,8 +45,7 @@ class KVOnly(Frozen):
     """Prefill only: the block makes its K and V, by projections fitted to that, and leaves the hidden state as it is.
 
     So decode may keep a block that prefill all but skips (POP, arXiv:2602.03295). In the checkpoint it is a layer of
-    its own whose o_proj and down_proj are zero: any engine runs it rightly, one that knows it skips the rest. Where the
-    plan has a tail it is the model's own layer, and the fitted projections lie in `KV_ONLY`.
+    its own whose o_proj and down_proj are zero: any engine runs it rightly, one that knows it skips the rest.
     """
 
     kind: Literal["kv_only"] = "kv_only"
@@ -67,10 +66,10 @@ class WithoutMLP(Frozen):
     kind: Literal["without_mlp"] = "without_mlp"
 
 
-KV_ONLY = "pdtrim_kv_only.tensors"
-"""File of a prefill checkpoint whose plan has a tail: the second K and V projections of `KVOnly` blocks.
+BODY = "body"
+"""Folder in a prefill checkpoint whose plan has a tail: the checkpoint that prompts run through before their tails.
 
-A safetensors file with another suffix, since servers load *.safetensors as weights: SGLang's Qwen3 would not start.
+It has the `KVOnly` blocks and all that was fitted or trained; the one around it has the model's own weights.
 """
 KV_ONLY_SHARE = 0.1
 """Of a whole block's work: both projections are 1.5 to 6.3 % of the weights of the blocks whose facts we ship."""

@@ -34,8 +34,8 @@ class StageBlocks(Frozen):
 
     Attributes:
         prefill, decode: one action per block of the original model.
-        kv_only_tail: the last tokens of a prompt, which blocks that prefill runs for K and V alone run whole all the
-            same, with the model's own weights; 0: none, and absent from JSON.
+        kv_only_tail: the last tokens of a prompt, which run all blocks of prefill whole, with the model's own weights,
+            while others run what was fitted or trained; 0: none, and absent from JSON.
 
     """
 

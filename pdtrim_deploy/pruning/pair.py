@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
-from pdtrim_deploy.models.kv_only import attach
-from pdtrim_deploy.models.second_tensors import divide
+from pdtrim_deploy.models.prompt_tail import attach
 from pdtrim_deploy.models.surgery import Replacements, keep_blocks
 from pdtrim_deploy.plan import Action, PDPlan, Stage
 
@@ -26,12 +25,12 @@ class StagePair:
 
     def stage(self, stage: Stage) -> CausalLM:
         """That stage's model; what it has not changed it shares with the dense one."""
-        plan, changed = self.plan, self.changed.get(stage, {})
+        plan = self.plan
         layers, experts, missing = plan.layers(stage), plan.kept_experts(stage), plan.missing(stage)
-        if stage == "decode" or not plan.kv_only_tail:
-            return keep_blocks(self.model, layers, changed, experts, missing)
-        whole, second = divide(changed, plan)
-        return attach(keep_blocks(self.model, layers, whole, experts, missing), plan, second)
+        model = keep_blocks(self.model, layers, self.changed.get(stage, {}), experts, missing)
+        if stage == "prefill" and plan.kv_only_tail:
+            attach(model, keep_blocks(self.model, layers, {}, experts, missing))
+        return model
 
     def with_changes(self, stage: Stage, more: Replacements) -> StagePair:
         """The same with more tensors of one stage changed, or changed again."""

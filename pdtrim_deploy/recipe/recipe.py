@@ -144,6 +144,11 @@ class Recipe(Section):
                 f"healing.kv_only_tail is {self.healing.kv_only_tail} but targets asks for engines, which run a layer "
                 "for all tokens alike; allowed with targets: 0"
             )
+        if self.healing.kv_only_tail and self.pruning.prefill_loses:
+            raise ValueError(
+                f"healing.kv_only_tail is {self.healing.kv_only_tail} but prefill loses blocks or parts of them, which "
+                "no weights of the tail, the model's own, make up for; allowed with them: 0"
+            )
         return self
 
     @model_validator(mode="after")

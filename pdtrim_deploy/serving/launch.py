@@ -13,7 +13,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.families import known_family
-from pdtrim_deploy.models.second_file import check_second
+from pdtrim_deploy.models.prompt_tail import check_body
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
@@ -85,7 +85,7 @@ def cluster_of(
     chosen = executors or Executors()
     require_kind(bundle, workers, (prefill, decode), options, chosen, transport or {})
     require_weights(bundle.decode_dir, options.device)
-    check_second(bundle.prefill_dir, bundle.plan)
+    check_body(bundle.prefill_dir, bundle.plan)
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
     stage_args = [options.extra_args if bundle.plan.unified else options.arguments(stage) for stage in STAGES]

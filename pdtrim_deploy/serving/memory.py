@@ -17,7 +17,7 @@ from pdtrim_deploy.local.machine import memory, numa_nodes
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.quantized import with_quantization
 from pdtrim_deploy.plan import NativeDtype
-from pdtrim_deploy.plan.blocks import KV_ONLY
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.serving.spec import WorkerSpec
 from pdtrim_deploy.worker.memory import CHUNK_TOKENS, WorkerMemory, worker_memory
 
@@ -37,8 +37,7 @@ def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     prefill_batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
     batch = requests if worker.role == "decode" else prefill_batch
     size = worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
-    second = worker.model_path / KV_ONLY  # beside the weights that the config tells of
-    return replace(size, weights=size.weights + second.stat().st_size) if second.is_file() else size
+    return replace(size, weights=2 * size.weights) if (worker.model_path / BODY).is_dir() else size
 
 
 def static_fraction(worker: WorkerSpec) -> float:

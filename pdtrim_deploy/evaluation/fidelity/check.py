@@ -27,7 +27,7 @@ from pdtrim_deploy.evaluation.limits import fit_judging
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.second_file import check_second
+from pdtrim_deploy.models.prompt_tail import check_body
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit sums differ by their order
 TYPICAL = 0.25  # of that
@@ -139,14 +139,14 @@ def run_fidelity(
 
     Raises:
         UserError: the server refused or failed a request, or is no pair's, the corpus is too short, or the bundle
-            lacks the second projections of its plan's tail.
+            lacks the weights that its plan has before a tail.
         ServingError: it does not answer, or not in time.
 
     """
     from pdtrim_deploy.evaluation import corpora
     from pdtrim_deploy.models.loading import load_tokenizer
 
-    check_second(bundle.prefill_dir, bundle.plan)  # the oracle reads it, once the pair has answered
+    check_body(bundle.prefill_dir, bundle.plan)  # the oracle reads it, once the pair has answered
     count, length = text_needed(bundle.plan)
     documents = corpora.load(bundle.recipe.evaluation.corpus, cache).split("final")
     texts = corpora.sequences(documents, load_tokenizer(bundle.prefill_dir), count, length, seed).tolist()
@@ -157,7 +157,7 @@ def run_fidelity(
     progress("fidelity: scoring the served tokens with the oracle")
     if compute is not None:
         most = max(len(row.prompt) for _, row in served)
-        compute = fit_judging([bundle.checkpoints], most, compute)
+        compute = fit_judging([bundle.models], most, compute)
     return judge(oracle_of(bundle, progress, compute, rounds_inputs=True), served, progress)
 
 

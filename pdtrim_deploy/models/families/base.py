@@ -28,7 +28,6 @@ Feature = Literal[
     "distil",
     "training",
     "kv_only_blocks",
-    "kv_only_tail",
     "sublayers",
     "blocks_in_memory",
     "engines",

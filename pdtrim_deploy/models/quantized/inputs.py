@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdtrim_deploy.models.quantized.arithmetic import LARGEST
 from pdtrim_deploy.models.quantized.base import INPUT_SCALE, Quantized
@@ -30,13 +30,6 @@ def round_inputs(model: Any, quantized: Quantized, tensors: Mapping[str, TensorI
         how = _rounding(quantized, name, tensors)
         if how is not None:
             layer.register_forward_pre_hook(partial(_rounded, how))
-
-
-def keep_inputs(layer: nn.Module) -> None:
-    """From now on `layer` takes its input as it is: its weight is no code."""
-    for handle, hook in list(layer._forward_pre_hooks.items()):
-        if isinstance(hook, partial) and hook.func is _rounded:
-            del layer._forward_pre_hooks[handle]
 
 
 def _rounded(how: Callable[[Tensor], Tensor], _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,50 @@
+"""Prefill models whose plan has a tail: a prompt's last tokens go through another model, over the same K and V.
+
+The prefill model itself, with blocks that run for their K and V alone, takes the tokens before them (the body). The
+tail's model has the same layers with the model's own weights. So what reads a prompt's end is the dense model, and a
+prompt no longer than the tail is the dense model's as a whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan.blocks import BODY
+
+_TAIL = "pdtrim_tail_model"  # attribute of a prefill model
+
+
+def attach(model: CausalLM, tail: CausalLM) -> CausalLM:
+    """Give a prefill model that of its prompts' tails; returns it.
+
+    This is no part of the model for transformers: what saves, moves or counts parameters does not see it.
+    """
+    vars(model)[_TAIL] = tail
+    return model
+
+
+def tail_model(model: CausalLM, plan: PDPlan) -> CausalLM | None:
+    """That of the tails of the plan's prompts; None where it has none.
+
+    Raises:
+        ValueError: the plan has a tail, and the prefill model was given no model of it, or one of other layers.
+
+    """
+    if not plan.kv_only_tail:
+        return None
+    tail = vars(model).get(_TAIL)
+    if tail is None or len(tail.model.layers) != len(model.model.layers):
+        raise ValueError("the prefill model has no model of its prompts' tails, which the plan asks for")
+    return tail
+
+
+def check_body(folder: Path, plan: PDPlan) -> None:
+    """Raise UserError where a plan has a tail and its prefill checkpoint lacks that of the body."""
+    if plan.kv_only_tail and not (folder / BODY / "config.json").is_file():
+        raise UserError(
+            f"{folder / BODY}: missing, and with it the weights for all but the last {plan.kv_only_tail} prompt "
+            "tokens; copy it from the bundle that the plan is of, or build the bundle again"
+        )

@@ -1,0 +1,83 @@
+"""Prompts whose last tokens run the unchanged model: against transformers' own forward of both models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from stagepairs import pair_of
+from tinypd import FAMILIES, text, tiny
+from transformers import DynamicCache
+
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.pruning.kv_only import fit_kv_only
+from pdtrim_deploy.pruning.students.regression import FROZEN
+
+TOKENS = 20
+
+
+def tailed(model, blocks, tail, trained=False):
+    """A pair whose prefill has these blocks for K and V alone; `trained`: with weights as training might leave them."""
+    pair = fit_kv_only(pair_of(model, (), (4,)), blocks, text(32, 24))
+    if trained:
+        torch.manual_seed(1)
+        names = {block: [n for n, _ in layer.named_parameters()] for block, layer in enumerate(model.model.layers)}
+        learns = {b: [n for n in names[b] if n.startswith(FROZEN) == (b in blocks)] for b in (*blocks, 3)}
+        pair = pair.with_changes(
+            "prefill", {b: {n: _moved(model.model.layers[b].get_parameter(n)) for n in ns} for b, ns in learns.items()}
+        )
+    return replace(pair, plan=pair.plan.with_parts(kv_only_tail=tail))
+
+
+def _moved(parameter):
+    return (parameter * (1 + 0.2 * torch.randn(parameter.shape))).detach()
+
+
+@torch.no_grad()
+def by_transformers(pair, prompts, tail):
+    """K, V and last logits: the pair's prefill, whose outputs of KV-only blocks are zero, then the dense model."""
+    body = replace(pair, plan=pair.plan.with_parts(kv_only_tail=0)).stage("prefill")
+    before, cache = max(0, TOKENS - tail), DynamicCache(config=pair.model.config)
+    if before:
+        body(prompts[:, :before], past_key_values=cache, use_cache=True)
+    positions = torch.arange(before, TOKENS)[None]
+    out = pair.model(prompts[:, before:], past_key_values=cache, use_cache=True, position_ids=positions)
+    return [(layer.keys, layer.values) for layer in cache.layers], out.logits[:, -1]
+
+
+@pytest.mark.parametrize(("tail", "trained"), [(1, False), (7, True), (TOKENS - 1, False), (TOKENS + 5, True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tail_runs_the_model_and_the_tokens_before_it_the_pair_s_prefill(family, tail, trained):
+    pair = tailed(tiny(family), {1, 2}, tail, trained)
+    prompts = text(3, TOKENS, seed=5)
+    state = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan).prefill(prompts)
+    kvs, logits = by_transformers(pair, prompts, tail)
+    torch.testing.assert_close(state.logits, logits)
+    for layer, sides in enumerate(kvs):
+        for pool, expected in zip((state.keys[layer], state.values[layer]), sides, strict=True):
+            rows = expected.transpose(1, 2).flatten(0, 1)
+            torch.testing.assert_close(pool, rows)
+
+
+def test_a_tail_makes_a_difference():
+    """To what the pair answers, and to K and V of the tail's rows alone."""
+    pair, prompts = tailed(tiny("Llama"), {1, 2}, 7, trained=True), text(3, TOKENS, seed=5)
+    oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
+    without = PDOracle(oracle.prefill_model, oracle.decode_model, pair.plan.with_parts(kv_only_tail=0))
+    state, other = oracle.prefill(prompts), without.prefill(prompts)
+    assert (state.logits - other.logits).abs().max() > 1e-3
+    changed = [(a - b).abs().amax((1, 2)).view(3, TOKENS) > 1e-4 for a, b in zip(state.keys, other.keys, strict=True)]
+    assert not any(rows[:, : TOKENS - 7].any() for rows in changed)
+    assert changed[-1][:, TOKENS - 7 :].all()
+
+
+def test_a_short_prompt_is_the_dense_model_s():
+    pair = tailed(tiny("Qwen3"), {1, 2, 3}, TOKENS, trained=True)
+    prompts = text(2, TOKENS, seed=5)
+    state = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan).prefill(prompts)
+    torch.testing.assert_close(state.logits, pair.model(prompts).logits[:, -1])
+
+
+def test_a_prefill_model_without_the_tail_s_is_refused():
+    pair = tailed(tiny("Llama"), {2}, 4)
+    with pytest.raises(ValueError, match="no model of its prompts' tails, which the plan asks for"):
+        PDOracle(pair.model, pair.stage("decode"), pair.plan)
