@@ -2,8 +2,8 @@
 
 `make bench-tail`. In float32, decode as it was, KV native. One prefill a model: SmolLM2-135M with 12 of 30 blocks that
 make K and V alone, trained as in bench-kvdistil, or Qwen2.5-Coder-0.5B with 6 of 24, by least squares, as in
-bench-generated. No weight depends on the tail, which runs the model's own. Each is judged through both stages with every tail, on final texts of
-four corpora after prompts of several lengths, and by facts inside a prompt that are asked for at its end. Losses are
+bench-generated. No weight depends on the tail, which runs the model's own. Each is judged through both stages with
+every tail, on final texts of four corpora after prompts of several lengths, and by facts inside a prompt that are asked for at its end. Losses are
 written down as they come (out/bench-tail), and the benchmark goes on from there: `--models`, `--prompts`, `--tails`
 choose what a run does.
 """
@@ -47,9 +47,8 @@ NEEDLE = "needle"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS, metavar="MODEL")
-    parser.add_argument(
-        "--tails", type=int, nargs="+", default=[0, 1, 16, 64, 128], help="tokens that run the unchanged model"
-    )
+    tails = "tokens that run the unchanged model"
+    parser.add_argument("--tails", type=int, nargs="+", default=[0, 64, 128, 256], help=tails)
     parser.add_argument("--prompts", type=int, nargs="+", default=[448, 1920], help="tokens")
     parser.add_argument("--texts", type=int, default=40, help="of each corpus, after prompts of up to 512 tokens")
     parser.add_argument("--long", type=int, default=12, help="the same, after longer prompts")

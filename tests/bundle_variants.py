@@ -14,13 +14,13 @@ def variant(bundle, kv, folder):
     plan = bundle.plan.with_kv(tuple(kv))
     data = plan.model_dump(mode="json")
     for stage in STAGES:
-        (folder / stage).mkdir(parents=True)
-        for file in bundle.stage_dir(stage).iterdir():
+        for file in (path for path in bundle.stage_dir(stage).rglob("*") if path.is_file()):
+            copied = folder / file.relative_to(bundle.path)
+            copied.parent.mkdir(parents=True, exist_ok=True)
             if file.name == "config.json":
-                config = json.loads(file.read_text()) | {"pdtrim": data}
-                (folder / stage / file.name).write_text(json.dumps(config))
+                copied.write_text(json.dumps(json.loads(file.read_text()) | {"pdtrim": data}))
             else:
-                os.link(file, folder / stage / file.name)
+                os.link(file, copied)
     (folder / PLAN).write_text(json.dumps(data))
     shutil.copy(bundle.path / RECIPE, folder / RECIPE)
     seal(folder, bundle.manifest.model_copy(update={"plan_digest": plan.digest, "files": entries(folder)}))

@@ -22,7 +22,7 @@ def attach(model: CausalLM, tail: CausalLM) -> CausalLM:
 
     This is no part of the model for transformers: what saves, moves or counts parameters does not see it.
     """
-    vars(model)[_TAIL] = tail
+    model.__dict__[_TAIL] = tail
     return model
 
 
@@ -35,7 +35,7 @@ def tail_model(model: CausalLM, plan: PDPlan) -> CausalLM | None:
     """
     if not plan.kv_only_tail:
         return None
-    tail = vars(model).get(_TAIL)
+    tail = model.__dict__.get(_TAIL)
     if tail is None or len(tail.model.layers) != len(model.model.layers):
         raise ValueError("the prefill model has no model of its prompts' tails, which the plan asks for")
     return tail

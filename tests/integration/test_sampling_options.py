@@ -11,10 +11,7 @@ import pytest
 import torch
 
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
-from pdtrim_deploy.models import kv_only
-from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.layer_kv import LayerKV
-from pdtrim_deploy.models.layer_run import LayerRun
 
 pytestmark = [
     pytest.mark.serve,
@@ -122,13 +119,12 @@ def test_a_seed_is_taken_and_draws_as_without(mixed_pair):
 
 def prompt_logits(oracle, ids):
     """Of every position, by prefill as the plan has it."""
-    run = LayerRun(Blockwise(oracle.prefill_model), [ids])
-    while run.running:
-        if kv_only.attached(run.runner.layers[run.layer]):
-            kv_only.advance(run, [LayerKV()], oracle.plan.kv_only_tail)
-        else:
-            run.advance()
-    return run.runner.logits(run.states[0])
+    runs = oracle.prompt_runs([ids])
+    while runs[-1].running:
+        kv = LayerKV()
+        for run in runs:
+            run.advance([kv])
+    return torch.cat([run.runner.logits(run.states[0]) for run in runs], 1)
 
 
 def test_logprobs_of_a_prompt_are_prefills(mixed_pair, oracle):

@@ -18,12 +18,11 @@ from pdtrim_sglang.by_request import ByRequest
 
 
 @dataclass(frozen=True)
-class TailRows:
-    """Rows of a batch, int64 on its device, and a batch of them alone; `everything`: of all its rows."""
+class BatchPart:
+    """Rows of a batch, int64 on its device, and a batch of them alone."""
 
     rows: Tensor
     batch: Any
-    everything: bool
 
 
 def tail_lengths(
@@ -45,40 +44,45 @@ def tail_lengths(
     return lengths
 
 
-def tail_rows(batch: Any, lengths: Sequence[int]) -> TailRows | None:
-    """The last `lengths` rows of each request of an extend batch; None where there are none."""
+def part_of(batch: Any, firsts: Sequence[int], lengths: Sequence[int]) -> BatchPart:
+    """Of each request of an extend batch `lengths` rows from its `firsts` on; those without rows are left out."""
     places = [place for place, length in enumerate(lengths) if length]
-    if not places:
-        return None
     counts, ends = [lengths[place] for place in places], list(accumulate(batch.extend_seq_lens_cpu))
-    spans = [torch.arange(ends[place] - lengths[place], ends[place]) for place in places]
-    device = batch.seq_lens.device
+    begins = [ends[place] - batch.extend_seq_lens_cpu[place] + firsts[place] for place in places]
+    device, size = batch.seq_lens.device, batch.extend_seq_lens.dtype
+    spans = [torch.arange(begin, begin + count) for begin, count in zip(begins, counts, strict=True)]
     rows, requests = _on(torch.cat(spans), device), _on(torch.tensor(places), device)
+    behind = torch.tensor([ends[place] - begin for place, begin in zip(places, begins, strict=True)])
+    behind -= torch.tensor(counts)  # tokens of the request in the batch that come later
     view = copy.copy(batch)
     view.batch_size, view.extend_num_tokens = len(places), sum(counts)
-    for name in ("req_pool_indices", "seq_lens", "orig_seq_lens"):
-        setattr(view, name, _picked(getattr(batch, name, None), requests))
-    for name in ("seq_lens_cpu", "req_pool_indices_cpu"):
-        setattr(view, name, _picked(getattr(batch, name, None), torch.tensor(places)))
+    view.req_pool_indices = batch.req_pool_indices[requests]
+    view.req_pool_indices_cpu = _picked(getattr(batch, "req_pool_indices_cpu", None), torch.tensor(places))
+    for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
+        at = torch.tensor(places) if name == "seq_lens_cpu" else requests
+        setattr(view, name, _less(_picked(getattr(batch, name, None), at), behind))
     for name in ("input_ids", "positions", "out_cache_loc"):
         setattr(view, name, getattr(batch, name)[rows])
     view.rids = [batch.rids[place] for place in places]
     view.extend_seq_lens_cpu = counts
-    view.extend_prefix_lens_cpu = [
-        batch.extend_prefix_lens_cpu[place] + batch.extend_seq_lens_cpu[place] - lengths[place] for place in places
-    ]
-    lens = torch.tensor([counts, view.extend_prefix_lens_cpu], dtype=batch.extend_seq_lens.dtype)
+    view.extend_prefix_lens_cpu = [batch.extend_prefix_lens_cpu[place] + firsts[place] for place in places]
+    lens = torch.tensor([counts, view.extend_prefix_lens_cpu], dtype=size)
     view.extend_seq_lens, view.extend_prefix_lens = _on(lens, device)
-    view.extend_start_loc = view.extend_seq_lens.cumsum(0).to(view.extend_seq_lens.dtype) - view.extend_seq_lens
+    view.extend_start_loc = view.extend_seq_lens.cumsum(0).to(size) - view.extend_seq_lens
     view.seq_lens_sum = sum(counts) + sum(view.extend_prefix_lens_cpu)
     view.global_num_token_non_padded_cpu = view.extend_num_tokens
     view.residual_stream = view.num_token_non_padded = view.global_num_token_non_padded = None
-    everything = counts == list(batch.extend_seq_lens_cpu)
-    return TailRows(rows, view, everything)
+    return BatchPart(rows, view)
 
 
 def _picked(values: Tensor | None, places: Tensor) -> Tensor | None:
     return None if values is None else values[places]
+
+
+def _less(values: Tensor | None, tokens: Tensor) -> Tensor | None:
+    if values is None or not tokens.any():
+        return values
+    return values - _on(tokens.to(values.dtype), values.device)
 
 
 def _on(values: Tensor, device: torch.device) -> Tensor:

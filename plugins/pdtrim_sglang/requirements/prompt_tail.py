@@ -16,7 +16,7 @@ def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
     """Raise RuntimeError for the first option that a plan with a tail cannot be served with."""
     if plan is None or not plan.kv_only_tail:
         return
-    what = f"the plan runs the last {plan.kv_only_tail} prompt tokens of some layers whole"
+    what = f"the plan runs the last {plan.kv_only_tail} prompt tokens through another model"
     if server_args.disaggregation_mode == "decode":
         if server_args.disaggregation_decode_enable_radix_cache:
             raise RuntimeError(
