@@ -3,9 +3,9 @@
 `make bench-tail`. In float32, decode as it was, KV native. One prefill a model: SmolLM2-135M with 12 of 30 blocks that
 make K and V alone, trained as in bench-kvdistil, or Qwen2.5-Coder-0.5B with 6 of 24, by least squares, as in
 bench-generated. No weight depends on the tail, which runs the model's own. Each is judged through both stages with
-every tail, on final texts of four corpora after prompts of several lengths, and by facts inside a prompt that are asked for at its end. Losses are
-written down as they come (out/bench-tail), and the benchmark goes on from there: `--models`, `--prompts`, `--tails`
-choose what a run does.
+every tail, on final texts of four corpora after prompts of several lengths, and by facts inside a prompt that are asked
+for at its end. Losses are written down as they come (out/bench-tail), and the benchmark goes on from there: `--models`,
+`--prompts`, `--tails` choose what a run does.
 """
 
 from __future__ import annotations

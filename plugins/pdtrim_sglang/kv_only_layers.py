@@ -1,10 +1,12 @@
-"""Prefill layers of a loaded model that are there for their K and V alone: cut, in a plan with a tail of a second model."""
+"""Prefill layers of a loaded model that are there for their K and V alone are cut; with a tail, the body's."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+from pdtrim_deploy.models.prompt_tail import check_body
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.kv_only import keep_only_kv
 from pdtrim_sglang.plan_source import read_plan
@@ -21,6 +23,7 @@ def cut_kv_only_layers(runner: Any) -> None:
     are then to be told of prompts.
 
     Raises:
+        UserError: the body's checkpoint is not there.
         RuntimeError: the weights come later, and would find their places gone.
 
     """
@@ -39,6 +42,7 @@ def cut_kv_only_layers(runner: Any) -> None:
     if not plan.kv_only_tail:
         _cut(layers, plan, runner)
         return
+    check_body(Path(runner.model_config.model_path), plan)
     body = load_body(runner)
     shared = share_equal(body, runner.model)
     _cut(body.model.layers, plan, runner)

@@ -16,7 +16,6 @@ from torch import nn
 pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_sglang import hook_targets
 from pdtrim_sglang.kv_only import WriteKV, keep_only_kv
-from pdtrim_sglang.kv_only_layers import run_tails_whole
 from pdtrim_sglang.patches import loading
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -27,9 +26,7 @@ from sglang.srt.model_executor.runner_utils.forward_batch import set_forward_bat
 from sglang.srt.model_executor.runner_utils.prefill_graph import prefill_graph_scope
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan
-from pdtrim_deploy.plan.blocks import KV_ONLY
 
 HIDDEN, HEADS, DIM = 24, 2, 4
 SHAPE = ModelShape(
@@ -312,21 +309,3 @@ def test_a_cut_layer_waits_for_the_prefix_that_hicache_loads(real):
     with running(pool):
         WriteKV(attention(2))(*rows(5), batch(5, real))
     assert waited == [2]
-
-
-def test_a_worker_without_the_second_projections_says_so(tmp_path):
-    runner = SimpleNamespace(model_config=SimpleNamespace(model_path=str(tmp_path)))
-    with pytest.raises(UserError, match=f"{tmp_path}/{KV_ONLY}: missing.*copy it from the bundle that the plan is of"):
-        run_tails_whole(runner, PLAN.with_parts(kv_only_tail=4))
-
-
-def test_sglang_takes_the_second_projections_for_no_weights_of_the_model(tmp_path, monkeypatch):
-    """Of a name that it does not know, its Qwen3 raises KeyError."""
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.model_loader import loader
-
-    monkeypatch.setattr(loader, "get_server_args", lambda: None)
-    for name in ("model.safetensors", KV_ONLY):
-        (tmp_path / name).write_bytes(b"")
-    _, files, _ = loader.DefaultModelLoader(LoadConfig())._prepare_weights(str(tmp_path), None, True)
-    assert files == [str(tmp_path / "model.safetensors")]

@@ -1,4 +1,4 @@
-"""Which rows of a batch are of the tails of their prompts, and which attention backend has them."""
+"""Which rows of a batch are of the tails of their prompts, and which model and attention backend have them."""
 
 import weakref
 from dataclasses import fields
@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang.prompt_tail.rows import tail_lengths, tail_rows
+from pdtrim_sglang.prompt_tail.rows import part_of, tail_lengths
 from pdtrim_sglang.prompt_tail.tails import PromptTails
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from tailbatches import SLOTS, Part, extend_batch, slots_of
 
 TABLE = slots_of(8)
@@ -67,28 +68,27 @@ def test_chunks_of_any_division_have_the_same_tail(prompt, tail, data):
 @settings(deadline=None)
 @given(batches())
 def test_the_view_is_the_batch_that_sglang_would_make_of_these_tokens(drawn):
-    """Compared with a batch whose chunks begin where the tails do."""
+    """Bodies: compared with a batch whose chunks end where the tails begin; tails: with what is left."""
     parts, prompts, tail = drawn
     batch = extend_batch(parts, TABLE)
     before = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    lengths = lengths_of(parts, prompts, tail)
-    tails = tail_rows(batch, lengths)
-    flags = [flag for part in parts for flag in in_tail(part, prompts, tail)]
-    if not any(flags):
-        assert tails is None
-        return
-    assert tails.rows.dtype == torch.int64
-    assert tails.rows.tolist() == [row for row, flag in enumerate(flags) if flag]
-    assert tails.everything is all(flags)
-    last = [(part, count) for part, count in zip(parts, lengths, strict=True) if count]
-    expected = extend_batch([part._replace(prefix=part.stop - n, extend=n) for part, n in last], TABLE)
-    for name in OF_REQUESTS + OF_TOKENS:
-        values, expected_values = getattr(tails.batch, name), getattr(expected, name)
-        if isinstance(expected_values, torch.Tensor):
-            assert values.dtype == expected_values.dtype, name
-            assert torch.equal(values, expected_values), name
-        else:
-            assert values == expected_values, name
+    lengths, flags = lengths_of(parts, prompts, tail), [f for part in parts for f in in_tail(part, prompts, tail)]
+    bodies = [part.extend - length for part, length in zip(parts, lengths, strict=True)]
+    for firsts, counts, kind in (([0] * len(parts), bodies, False), (bodies, lengths, True)):
+        if not any(counts):
+            continue
+        view = part_of(batch, firsts, counts)
+        assert view.rows.dtype == torch.int64
+        assert view.rows.tolist() == [row for row, flag in enumerate(flags) if flag is kind]
+        cut = [(part, first, n) for part, first, n in zip(parts, firsts, counts, strict=True) if n]
+        expected = extend_batch([part._replace(prefix=part.prefix + first, extend=n) for part, first, n in cut], TABLE)
+        for name in OF_REQUESTS + OF_TOKENS:
+            values, expected_values = getattr(view.batch, name), getattr(expected, name)
+            if isinstance(expected_values, torch.Tensor):
+                assert values.dtype == expected_values.dtype, name
+                assert torch.equal(values, expected_values), name
+            else:
+                assert values == expected_values, name
     assert all(getattr(batch, name) is value for name, value in before.items()), "the batch itself has changed"
 
 
@@ -96,7 +96,7 @@ def test_a_view_has_a_residual_of_its_own_and_no_count_of_rows_that_are_padding(
     batch = extend_batch([Part("a", 0, 0, 6)], TABLE)
     batch.residual_stream, batch.num_token_non_padded = object(), torch.tensor(6)
     batch.global_num_token_non_padded = torch.tensor(6)
-    view = tail_rows(batch, [2]).batch
+    view = part_of(batch, [4], [2]).batch
     assert (view.residual_stream, view.num_token_non_padded, view.global_num_token_non_padded) == (None, None, None)
     assert batch.residual_stream is not None
 
@@ -104,7 +104,7 @@ def test_a_view_has_a_residual_of_its_own_and_no_count_of_rows_that_are_padding(
 def test_what_sglang_leaves_out_of_a_batch_is_left_out_of_the_view():
     batch = extend_batch([Part("a", 0, 0, 6)], TABLE)
     batch.seq_lens_cpu = batch.req_pool_indices_cpu = batch.orig_seq_lens = None
-    view = tail_rows(batch, [2]).batch
+    view = part_of(batch, [0], [2]).batch
     assert (view.seq_lens_cpu, view.req_pool_indices_cpu, view.orig_seq_lens) == (None, None, None)
 
 
@@ -122,105 +122,122 @@ class Backend:
         return self, save_kv_cache
 
 
+class Model:
+    """Notes the batches that it runs."""
+
+    def __init__(self):
+        self.ran = []
+
+    def forward(self, input_ids, positions, batch):
+        self.ran.append(batch)
+        return input_ids[:, None].float()
+
+
 @pytest.fixture
 def worker():
     """A runner that tails of 4 tokens follow, and the request `a` of 10 tokens for room 1."""
-    bound, whole, second = [], Backend(), Backend()
+    bound, first, second, whole, body = [], Backend(), Backend(), Model(), Model()
     runner = SimpleNamespace(
-        attn_backend=whole, _get_attention_backend=lambda: second,
+        attn_backend=first, _get_attention_backend=lambda: second, model=SimpleNamespace(model=whole),
         kv_index_translator=SimpleNamespace(bind_own_plan=bound.append),
     )  # fmt: skip
-    tails = PromptTails(4)
+    tails = PromptTails(4, body)
     tails.follow(runner)
     tails.expect("a", 1, 10)
-    return SimpleNamespace(tails=tails, backend=runner.attn_backend, whole=whole, second=second, bound=bound)
+    return SimpleNamespace(tails=tails, first=first, second=second, bound=bound, whole=whole, body=body)
 
 
 def attend(worker, batch):
-    return worker.backend.forward(None, None, None, None, batch, save_kv_cache=False)
+    return worker.first.forward(None, None, None, None, batch, save_kv_cache=False)
 
 
-def test_a_tail_has_a_backend_of_its_own_and_all_else_the_runners(worker):
+def run(worker, batch):
+    """As SGLang's runner; what each model was given, tokens by their ids."""
+    worker.body.ran.clear()
+    worker.whole.ran.clear()
+    worker.first.init_forward_metadata(batch)
+    with forward_context(ForwardContext(attn_backend=worker.first), forward_batch=batch):
+        states = worker.whole.forward(batch.input_ids, batch.positions, batch)
+    assert torch.equal(states[:, 0], batch.input_ids.float())
+    return [[token for part in model.ran for token in part.input_ids.tolist()] for model in (worker.body, worker.whole)]
+
+
+def test_both_parts_of_a_batch_have_metadata_of_their_own(worker):
     batch = extend_batch([Part("a", 0, 3, 7), Part("b", 1, 0, 5)], TABLE)
-    worker.backend.init_forward_metadata(batch)
-    tail = worker.tails.of(batch)
-    assert (tail.rows.tolist(), tail.everything) == ([3, 4, 5, 6], False)
-    assert worker.whole.planned == [batch]
-    assert worker.second.planned == worker.bound == [tail.batch]
-    assert attend(worker, batch) == (worker.whole, False)
-    assert attend(worker, tail.batch) == (worker.second, False)
-    assert worker.tails.of(extend_batch([Part("a", 0, 3, 7)], TABLE)) is None, "another batch"
+    assert run(worker, batch) == [[3, 4, 5, 1000, 1001, 1002, 1003, 1004], [6, 7, 8, 9]]
+    (body,), (tail,) = worker.body.ran, worker.whole.ran
+    assert (worker.first.planned, worker.second.planned) == ([body], [tail])
+    assert worker.bound == [body, tail]
+    assert attend(worker, body) == (worker.first, False)
+    assert attend(worker, tail) == (worker.second, False)
+    assert not worker.tails.completes(body)
+    assert worker.tails.completes(tail)
 
     later = extend_batch([Part("b", 1, 5, 2)], TABLE)
-    worker.backend.init_forward_metadata(later)
-    assert worker.tails.of(batch) is None
-    assert worker.tails.of(later) is None
-    assert attend(worker, tail.batch) == (worker.whole, False), "no batch of a tail any more"
+    assert run(worker, later) == [[1005, 1006], []]
+    assert worker.body.ran == [later]
+    assert worker.tails.completes(later)
+    assert attend(worker, tail) == (worker.first, False), "no batch of a tail any more"
 
 
-def test_where_all_rows_are_of_tails_the_batchs_own_metadata_are_right(worker):
+def test_where_all_rows_are_of_tails_the_batch_is_not_divided(worker):
     batch = extend_batch([Part("a", 0, 7, 3)], TABLE)
-    worker.backend.init_forward_metadata(batch)
-    assert worker.tails.of(batch).everything
-    assert worker.second.planned == worker.bound == []
-    assert attend(worker, batch) == (worker.whole, False)
+    assert run(worker, batch) == [[], [7, 8, 9]]
+    assert (worker.whole.ran, worker.first.planned, worker.second.planned, worker.bound) == ([batch], [batch], [], [])
+    assert worker.tails.completes(batch)
 
 
-def test_a_tail_is_not_held_when_the_next_batch_comes(worker):
-    batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
-    worker.backend.init_forward_metadata(batch)
-    tail = weakref.ref(worker.tails.of(batch))
-    assert tail() is not None
-    worker.backend.init_forward_metadata(extend_batch([Part("b", 1, 0, 2)], TABLE))
-    assert tail() is None
+def test_a_part_is_not_held_when_the_next_batch_comes(worker):
+    run(worker, extend_batch([Part("a", 0, 3, 7)], TABLE))
+    parts = [weakref.ref(part) for part in (worker.body.ran.pop(), worker.whole.ran.pop())]
+    for backend in (worker.first, worker.second):
+        backend.planned.clear()
+    worker.bound.clear()
+    assert all(part() is not None for part in parts)
+    worker.first.init_forward_metadata(extend_batch([Part("b", 1, 0, 2)], TABLE))
+    assert all(part() is None for part in parts)
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.IDLE])
-def test_other_batches_have_no_tail(worker, mode):
+def test_other_batches_run_the_model_as_it_is(worker, mode):
     batch = extend_batch([Part("a", 0, 3, 7)], TABLE, mode)
-    worker.backend.init_forward_metadata(batch)
-    assert worker.tails.of(batch) is None
-    assert (worker.whole.planned, worker.second.planned) == ([batch], [])
+    assert run(worker, batch) == [[], [3, 4, 5, 6, 7, 8, 9]]
+    assert (worker.first.planned, worker.second.planned) == ([batch], [])
 
 
-def test_sglangs_dummy_batches_have_no_tail(worker):
+def test_sglangs_dummy_batches_run_the_model_as_it_is(worker):
     batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
     batch.rids = batch.extend_prefix_lens_cpu = batch.extend_seq_lens_cpu = None
-    worker.backend.init_forward_metadata(batch)
-    assert worker.tails.of(batch) is None
+    assert run(worker, batch) == [[], [3, 4, 5, 6, 7, 8, 9]]
+
+
+def tail_of(worker, rid, extend=10):
+    """Places in the prompt that run the tails' model."""
+    return run(worker, extend_batch([Part(rid, 0, 0, extend)], TABLE))[1]
 
 
 def test_what_remains_of_a_forgotten_request_has_no_tail(worker):
     """It was aborted between its chunks: SGLang may have scheduled the next one."""
     worker.tails.forget(1)
     worker.tails.forget(1)
-    batch = extend_batch([Part("a", 0, 3, 7)], TABLE)
-    worker.backend.init_forward_metadata(batch)
-    assert worker.tails.of(batch) is None
-
-
-def tails_of(worker, rid, extend=10):
-    batch = extend_batch([Part(rid, 0, 0, extend)], TABLE)
-    worker.backend.init_forward_metadata(batch)
-    tail = worker.tails.of(batch)
-    return [] if tail is None else tail.rows.tolist()
+    assert tail_of(worker, "a") == []
 
 
 def test_a_request_that_is_sent_again_is_not_forgotten_with_its_first_room(worker):
     """A client may try again under the same name before SGLang is done with what was aborted."""
     worker.tails.expect("a", 2, 12)
     worker.tails.forget(1)
-    assert tails_of(worker, "a", 12) == [8, 9, 10, 11]
+    assert tail_of(worker, "a", 12) == [8, 9, 10, 11]
     worker.tails.forget(2)
-    assert tails_of(worker, "a", 12) == []
+    assert tail_of(worker, "a", 12) == []
 
 
 def test_a_room_that_is_used_again_is_of_its_last_request(worker):
     worker.tails.expect("b", 1, 9)
-    assert tails_of(worker, "a") == []
-    assert tails_of(worker, "b", 9) == [5, 6, 7, 8]
+    assert tail_of(worker, "a") == []
+    assert tail_of(worker, "b", 9) == [5, 6, 7, 8]
     worker.tails.forget(1)
-    assert tails_of(worker, "b", 9) == []
+    assert tail_of(worker, "b", 9) == []
 
 
 def test_nothing_is_held_of_requests_that_are_forgotten(worker):

@@ -78,7 +78,7 @@ def test_a_worker_that_is_started_without_graphs_of_prefill_passes(resolved):
     ("words", "plan", "refused"), [(PREFILL, TAILED, True), (PREFILL, WITHOUT, False), (DECODE, TAILED, False)]
 )
 def test_graphs_of_prefill_are_refused_where_there_is_a_tail(resolved, graphs, words, plan, refused):
-    sentence = "last 7 prompt tokens of some layers whole.* with --cuda-graph-backend-prefill disabled"
+    sentence = "last 7 prompt tokens through another model.* with --cuda-graph-backend-prefill disabled"
     with pytest.raises(RuntimeError, match=sentence) if refused else nullcontext():
         check(resolved(*words), plan, graphs)
 
@@ -104,7 +104,7 @@ def test_what_would_compute_tails_wrongly_is_refused_by_its_name(resolved, parse
     assert getattr(args, field) != changed, "a worker has it without the option"
     setattr(args, field, changed)
     check(args, WITHOUT)
-    with pytest.raises(RuntimeError, match=f"last 7 prompt tokens of some layers whole.* without .*{option}"):
+    with pytest.raises(RuntimeError, match=f"last 7 prompt tokens through another model.* without .*{option}"):
         check(args, TAILED)
 
 
@@ -131,5 +131,5 @@ def test_a_worker_asks_it_with_its_other_options(resolved):
     args.enable_lmcache = True
     pool = SimpleNamespace(state_types=[], page_size=1)
     check_options(args, pool, WITHOUT, False)
-    with pytest.raises(RuntimeError, match="last 7 prompt tokens of some layers whole"):
+    with pytest.raises(RuntimeError, match="last 7 prompt tokens through another model"):
         check_options(args, pool, TAILED, False)

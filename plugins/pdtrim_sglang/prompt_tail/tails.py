@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 from torch import Tensor
 
