@@ -29,6 +29,7 @@ from pdtrim_deploy.bundle.manifest import (
 )
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import file_sha256
+from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
 from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.recipe import Recipe
@@ -70,7 +71,8 @@ class Bundle:
 
     @property
     def models(self) -> list[Path]:
-        """All folders with weights, each once: of `checkpoints`, and of prompts before a tail."""
+        """All folders with weights: `checkpoints`, and that of prompts before a tail; UserError if this is missing."""
+        check_body(self.prefill_dir, self.plan)
         return [*self.checkpoints, *([self.prefill_dir / BODY] if self.plan.kv_only_tail else [])]
 
     @property

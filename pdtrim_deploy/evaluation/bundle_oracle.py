@@ -9,8 +9,9 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.prompt_tail import attach, check_body
+from pdtrim_deploy.models.prompt_tail import attach
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.blocks import BODY
 

@@ -7,12 +7,8 @@ prompt no longer than the tail is the dense model's as a whole.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.plan.blocks import BODY
 
 _TAIL = "pdtrim_tail_model"  # attribute of a prefill model
 
@@ -39,12 +35,3 @@ def tail_model(model: CausalLM, plan: PDPlan) -> CausalLM | None:
     if tail is None or len(tail.model.layers) != len(model.model.layers):
         raise ValueError("the prefill model has no model of its prompts' tails, which the plan asks for")
     return tail
-
-
-def check_body(folder: Path, plan: PDPlan) -> None:
-    """Raise UserError where a plan has a tail and its prefill checkpoint lacks that of the body."""
-    if plan.kv_only_tail and not (folder / BODY / "config.json").is_file():
-        raise UserError(
-            f"{folder / BODY}: missing, and with it the weights for all but the last {plan.kv_only_tail} prompt "
-            "tokens; copy it from the bundle that the plan is of, or build the bundle again"
-        )

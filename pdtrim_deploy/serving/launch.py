@@ -12,8 +12,8 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.models.families import known_family
-from pdtrim_deploy.models.prompt_tail import check_body
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster

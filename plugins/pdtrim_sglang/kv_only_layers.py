@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.models.prompt_tail import check_body
+from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.kv_only import keep_only_kv
 from pdtrim_sglang.plan_source import read_plan

@@ -249,9 +249,9 @@ def test_the_body_is_loaded_as_sglang_loads_the_model_beside_it(monkeypatch, tmp
     monkeypatch.setattr(
         load_model_utils,
         "load_model_with_memory_saver",
-        lambda **given: calls.append(given) or SimpleNamespace(model=7),
+        lambda **arguments: calls.append(arguments) or SimpleNamespace(model=7),
     )
-    monkeypatch.setattr(load_model_utils, "load_kv_cache_scales", lambda **given: calls.append(given))
+    monkeypatch.setattr(load_model_utils, "load_kv_cache_scales", lambda **arguments: calls.append(arguments))
     runner = runner_of(None, tmp_path, plan_of())
     assert load_body(runner) == 7
     loaded, scales = calls

@@ -16,7 +16,7 @@ from pdtrim_deploy.manifests.options import Options, Served, worker_arguments, w
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card
 from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan, Stage
-from pdtrim_deploy.plan.blocks import KV_ONLY
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.recipe import EvaluationSection, Recipe
 
 SHAPE = ModelShape(
@@ -115,23 +115,24 @@ def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
     assert "Weights differ" not in model_card.card(alone, recipe, "decode", Provenance(), {})
 
 
-def test_a_tail_leaves_the_blocks_as_they_are_and_says_where_the_rest_lies(recipe: Recipe) -> None:
+def test_a_tail_has_the_base_model_s_weights_and_says_where_the_others_lie(recipe: Recipe) -> None:
     prefill, decode = (Keep(), KVOnly(), Keep(), Keep()), (Keep(),) * 4
     plan = PDPlan(model=SHAPE, prefill=prefill, decode=decode, kv=(KVSend(),) * 4, kv_only_tail=16)
     text = model_card.card(plan, recipe, "prefill", Provenance(), {})
     assert "Blocks: 4 of 4; for their K and V alone, but for the last 16 tokens of a prompt: 1\n" in text
-    assert f"by refitted projections in `{KV_ONLY}`; the blocks' own weights are the base model's\n" in text
-    assert f"lies in `{KV_ONLY}`, which only SGLang with pdtrim-deploy reads" in text
-    assert "Weights differ" not in text
+    assert "It has the base model's weights, for the last 16 tokens of each prompt" in text
+    assert f"run through `{BODY}/`, which only SGLang with pdtrim-deploy reads" in text
+    refitted = f"Weights in `{BODY}/` differ from the base model's: K and V of the blocks that run for these alone"
+    assert refitted in text
     assert "--page-size 64 --attention-backend triton --cuda-graph-backend-prefill disabled\n" in text
     other = model_card.card(plan, recipe, "decode", Provenance(), {})
     assert "--cuda-graph" not in other
-    assert KV_ONLY not in other
+    assert f"`{BODY}/`" not in other
     done = {"steps": 8, "before": 0.5, "after": 0.25, "kept": True, "kv": False}
     done |= {"difference": -0.25, "stderr": 0.0625, "sequences": 16}
     trained = model_card.card(plan, recipe, "prefill", Provenance(), {"prefill": [done]})
-    assert "Weights differ from the base model's: 8 steps of distillation from the base model by what" in trained
-    assert "what makes K and V of all blocks are as there\n" in trained
+    assert f"Weights in `{BODY}/` differ from the base model's: 8 steps of distillation from the base model" in trained
+    assert "what makes K and V of all other blocks are as there\n" in trained
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])

@@ -4,15 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from bare_bundle import make_bundle
-from safetensors.torch import save_file
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
 from pdtrim_deploy.manifests.options import worker_arguments
 from pdtrim_deploy.plan import STAGES, PDPlan
-from pdtrim_deploy.plan.blocks import KV_ONLY, KVOnly
+from pdtrim_deploy.plan.blocks import BODY, KVOnly
 from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.commands import worker_command
 from pdtrim_deploy.serving.memory import memory_of
@@ -23,8 +21,8 @@ GRAPHS = "--cuda-graph-backend-prefill"
 def tailed(folder: Path, tail: int = 8):
     bundle = make_bundle(folder)
     plan = bundle.plan.with_parts(prefill=(KVOnly(), *bundle.plan.prefill[1:]), kv_only_tail=tail)
-    second = {f"0.self_attn.{side}_proj.weight": torch.ones(16, 4) for side in "kv"}
-    save_file(second, bundle.prefill_dir / KV_ONLY)
+    (bundle.prefill_dir / BODY).mkdir()
+    (bundle.prefill_dir / BODY / "config.json").write_text("{}")
     return replace(bundle, plan=plan)
 
 
@@ -45,10 +43,10 @@ def test_a_caller_s_argument_comes_last(tmp_path):
     assert [words[at + 1] for at, word in enumerate(words) if word == GRAPHS] == ["disabled", "full"]
 
 
-def test_no_pair_starts_without_the_second_projections(tmp_path):
+def test_no_pair_starts_without_the_weights_before_the_tail(tmp_path):
     bundle = tailed(tmp_path / "b")
-    (bundle.prefill_dir / KV_ONLY).unlink()
-    with pytest.raises(UserError, match=f"prefill/{KV_ONLY}: missing.*build the bundle again"):
+    (bundle.prefill_dir / BODY / "config.json").unlink()
+    with pytest.raises(UserError, match=f"prefill/{BODY}: missing.*build the bundle again"):
         commands(bundle, device="cpu")
 
 
@@ -74,13 +72,13 @@ def test_manifests_say_the_same(tmp_path):
     assert GRAPHS in str(kubernetes(Served.of("m", plan), options)["prefill.yaml"])
 
 
-def test_second_projections_count_among_the_weights_of_a_cpu_worker(tmp_path, tiny_llama_dir):
+def test_a_cpu_worker_has_the_weights_of_both_checkpoints(tmp_path, tiny_llama_dir):
     (tmp_path / "config.json").write_text((tiny_llama_dir / "config.json").read_text())
     options = WorkerOptions(device="cpu", dtype="float32")
     prefill, _ = ClusterSpec.on_loopback(tmp_path, tmp_path, options=options).workers
     before = memory_of(prefill)
-    (tmp_path / KV_ONLY).write_bytes(bytes(1000))
+    (tmp_path / BODY).mkdir()
     after = memory_of(prefill)
     assert before is not None
     assert after is not None
-    assert after.weights - before.weights == 1000
+    assert after.weights == 2 * before.weights

@@ -26,8 +26,8 @@ from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.evaluation.limits import fit_judging
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.prompt_tail import check_body
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit sums differ by their order
 TYPICAL = 0.25  # of that

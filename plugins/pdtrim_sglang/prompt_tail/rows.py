@@ -52,15 +52,15 @@ def part_of(batch: Any, firsts: Sequence[int], lengths: Sequence[int]) -> BatchP
     device, size = batch.seq_lens.device, batch.extend_seq_lens.dtype
     spans = [torch.arange(begin, begin + count) for begin, count in zip(begins, counts, strict=True)]
     rows, requests = _on(torch.cat(spans), device), _on(torch.tensor(places), device)
-    behind = torch.tensor([ends[place] - begin for place, begin in zip(places, begins, strict=True)])
-    behind -= torch.tensor(counts)  # tokens of the request in the batch that come later
+    later = torch.tensor([ends[place] - begin for place, begin in zip(places, begins, strict=True)])
+    later -= torch.tensor(counts)  # tokens of the request in the batch that come after its rows
     view = copy.copy(batch)
     view.batch_size, view.extend_num_tokens = len(places), sum(counts)
     view.req_pool_indices = batch.req_pool_indices[requests]
     view.req_pool_indices_cpu = _picked(getattr(batch, "req_pool_indices_cpu", None), torch.tensor(places))
     for name in ("seq_lens", "orig_seq_lens", "seq_lens_cpu"):
         at = torch.tensor(places) if name == "seq_lens_cpu" else requests
-        setattr(view, name, _less(_picked(getattr(batch, name, None), at), behind))
+        setattr(view, name, _less(_picked(getattr(batch, name, None), at), later))
     for name in ("input_ids", "positions", "out_cache_loc"):
         setattr(view, name, getattr(batch, name)[rows])
     view.rids = [batch.rids[place] for place in places]
