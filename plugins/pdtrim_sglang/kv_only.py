@@ -9,6 +9,7 @@ layers of SGLang 0.5.23 (models/llama.py, qwen2.py, qwen3.py): `self_attn.attn`,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ def keep_only_kv(layer: Any, hidden: int) -> int:
     attention = layer.self_attn
     freed = free(attention.o_proj) + cut_mlp(layer)
     attention.attn, attention.o_proj = WriteKV(attention.attn), ZeroProjection(hidden)
-    if _has_plain_rows(projection := getattr(attention, "qkv_proj", None)):
-        attention.qkv_proj = KVProjections(projection)
-        freed += attention.qkv_proj.freed
+    projection: Any = getattr(attention, "qkv_proj", None)
+    if _has_plain_rows(projection):
+        projection.forward = KVProjections(projection)
+        freed += projection.forward.freed
     return freed
 
 
@@ -86,8 +88,10 @@ class WriteKV(nn.Module):
         pool.set_kv_buffer(self.attention, batch.out_cache_loc[:tokens], *rows)
 
 
-class KVProjections(nn.Module):
-    """In the place of SGLang's QKVParallelLinear, whose rows of Q it drops: K and V of this rank's heads; Q is zero.
+class KVProjections:
+    """Stands in for `forward` of SGLang's QKVParallelLinear, whose rows of Q it drops: K and V as before, Q is zero.
+
+    The module and its parameters keep their names. Weights that are loaded later find their places: those of Q none.
 
     Attributes:
         freed: bytes of the dropped rows.
@@ -95,16 +99,17 @@ class KVProjections(nn.Module):
     """
 
     def __init__(self, projection: Any) -> None:
-        super().__init__()
-        self.projection, self._queries, self.freed = projection, projection.q_proj_shard_size, 0
+        self._rows: Callable[[Tensor], tuple[Tensor, None]] = projection.forward
+        self._queries, self.freed = projection.q_proj_shard_size, 0
+        projection.num_heads = projection.q_proj_shard_size = 0
         for parameter in projection.parameters():
             queries, rest = parameter.data.split([self._queries, len(parameter) - self._queries])
             self.freed += queries.nbytes
             parameter.data = rest.clone()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def __call__(self, x: Tensor) -> tuple[Tensor, None]:
         """`[tokens, (heads + 2 * kv_heads) * head_dim]`, and no bias: as of all rows, but for Q."""
-        kv, _ = self.projection(x)
+        kv, _ = self._rows(x)
         return torch.cat((kv.new_zeros(len(kv), self._queries), kv), 1), None
 
 

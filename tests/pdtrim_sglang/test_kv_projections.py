@@ -97,7 +97,7 @@ def test_k_and_v_are_those_of_all_rows(family, rank, size, monkeypatch):
         layer = make_layer(family, monkeypatch)
         states, whole = torch.randn(TOKENS, HIDDEN), with_queries(layer)
         keep_only_kv(layer, HIDDEN)
-        assert isinstance(layer.self_attn.qkv_proj, KVProjections)
+        assert isinstance(layer.self_attn.qkv_proj.forward, KVProjections)
         for rows, expected in zip(written(layer.self_attn, states), written(whole, states), strict=True):
             assert rows.shape == (TOKENS, max(1, KV_HEADS // size), DIM)
             torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
@@ -122,6 +122,25 @@ def test_the_rows_of_q_are_freed(monkeypatch):
     assert qkv.bias.untyped_storage().nbytes() == 2 * KV_HEADS * DIM * 4
 
 
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
+def test_weights_that_are_loaded_later_find_their_places(rank, size, monkeypatch):
+    """SGLang's weight updates name them as the checkpoint does."""
+    heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+    tensors = {side: (torch.randn(count * DIM, HIDDEN), torch.randn(count * DIM)) for side, count in heads.items()}
+    with rank_of(monkeypatch, rank, size):
+        layer, whole = make_layer("qwen2", monkeypatch), make_layer("qwen2", monkeypatch)
+        names = {name for name, _ in layer.self_attn.qkv_proj.named_parameters(prefix="qkv_proj")}
+        keep_only_kv(layer, HIDDEN)
+        assert {name for name, _ in layer.self_attn.named_parameters()} == names
+        for projection in (layer.self_attn.qkv_proj, whole.self_attn.qkv_proj):
+            for side, (weight, bias) in tensors.items():
+                projection.weight.weight_loader(projection.weight, weight, side)
+                projection.bias.weight_loader(projection.bias, bias, side)
+        queries = HEADS // size * DIM
+        assert torch.equal(layer.self_attn.qkv_proj.weight, whole.self_attn.qkv_proj.weight[queries:])
+        assert torch.equal(layer.self_attn.qkv_proj.bias, whole.self_attn.qkv_proj.bias[queries:])
+
+
 class OtherMethod:
     """A quantised layer's."""
 
@@ -143,5 +162,5 @@ def test_a_projection_of_other_rows_stays_whole(other, monkeypatch):
         qkv.skip_bias_add = True
     before = {name: parameter.data_ptr() for name, parameter in qkv.named_parameters()}
     keep_only_kv(layer, HIDDEN)
-    assert layer.self_attn.qkv_proj is qkv
+    assert "forward" not in vars(qkv)
     assert {name: parameter.data_ptr() for name, parameter in qkv.named_parameters()} == before
