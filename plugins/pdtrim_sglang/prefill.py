@@ -132,11 +132,13 @@ class PrefillSide:
         self._waiting.forget(room)
         if self.tails is not None:
             self.tails.forget(room)
-        self.rooms.sender_closed(room, opened)
+        early = self.rooms.sender_closed(room, opened)
         self.sessions.forget(room)
         if self.staging is not None:
             self.staging.forget(room)
         self.rooms.released()
+        for message in early:
+            self._open(message)
 
     def sender_aborted(self, room: int, opened: bool) -> None:
         """As `sender_closed`; SGLang may ask for the room's state once more, or forget it."""
@@ -266,6 +268,8 @@ class PrefillSide:
             logger.error("pdtrim: %s", reason)
 
     def _open(self, message: Room) -> None:
+        if self.rooms.kept(message):
+            return
         decode = self.sessions.renewed(message.session)
         info = RoomInfo.of(message, self._ranks, decode)
         others = self.rooms.announce(message, info)

@@ -46,6 +46,8 @@ class PrefillRooms:
         self._tombstones: deque[tuple[float, int]] = deque()
         self._tombstones_lock = threading.Lock()
         self._ended_unopened: dict[int, None] = {}  # in order
+        self._early: dict[int, list[Room]] = {}  # announced again while their sender is open
+        self._early_lock = threading.Lock()
 
     def __len__(self) -> int:
         """Rooms that have a sender."""
@@ -76,14 +78,33 @@ class PrefillRooms:
         self.released()
         return progress
 
-    def sender_closed(self, room: int, opened: bool) -> None:
-        """The scheduler is done with this room; unless decode has `opened` it, it may still do so and wait."""
-        self._senders.discard(room)
+    def sender_closed(self, room: int, opened: bool) -> list[Room]:
+        """The scheduler is done with this room; unless decode has `opened` it, it may still do so and wait.
+
+        Returns the messages that were `kept` for it, to be heard now.
+        """
+        with self._early_lock:
+            self._senders.discard(room)
+            self._progress.pop(room, None)
+            early = self._early.pop(room, [])
         if not opened:
             self._ended_unopened[room] = None
             if len(self._ended_unopened) > MOST_ENDED:
                 del self._ended_unopened[next(iter(self._ended_unopened))]
-        self._progress.pop(room, None)
+        return early
+
+    def kept(self, message: Room) -> bool:
+        """Whether a room is announced again before its sender, which has sent all, is closed and would forget it.
+
+        Decode has a request's rows before prefill's scheduler hears of it. It may retract the request at once
+        (`pause_generation` with mode `retract`), and ask for its rows anew.
+        """
+        with self._early_lock:
+            progress, status = self._progress.get(message.room), self._manager.request_status.get(message.room)
+            early = progress is not None and (progress.last_sent is not None or status == KVPoll.Success)
+            if early:
+                self._early.setdefault(message.room, []).append(message)
+            return early
 
     def announce(self, message: Room, info: RoomInfo) -> list[RoomInfo]:
         """A rank of decode says where the room's rows go; returns what other ranks have said of it before."""
@@ -139,6 +160,8 @@ class PrefillRooms:
 
     def abort(self, room: int) -> None:
         """Decode has given up the request."""
+        with self._early_lock:
+            self._early.pop(room, None)
         if self._manager.request_status.get(room) in (KVPoll.Success, KVPoll.Failed):
             return
         if room in self._senders:

@@ -63,6 +63,19 @@ class Manager:
         self.request_status[bootstrap_room] = KVPoll.Failed
 
 
+class Bookkeeping(PDTrimKVManager):
+    """SGLang's own tables of rooms."""
+
+    def __init__(self):
+        self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = {}, {}, {}
+        self.failure_records, self.failure_lock = {}, threading.Lock()
+        self._deferred_ack_targets, self._deferred_ack_poisoned_rooms, self._staging_outstanding = {}, set(), {}
+        self.bootstrap_timeout, self.message = 60, []
+
+    def send_kv_status_message(self, **message):
+        self.message.append(message)
+
+
 class Metrics:
     """Counts what ended and how."""
 
@@ -191,17 +204,6 @@ def test_nothing_is_kept_of_a_prompt_that_is_aborted_between_its_chunks():
 
 def test_decode_hears_of_a_failure_that_came_before_its_room():
     """By an abort or a deadline; SGLang's own bookkeeping then keeps what comes after it quiet."""
-
-    class Bookkeeping(PDTrimKVManager):
-        def __init__(self):
-            self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = {}, {}, {}
-            self.failure_records, self.failure_lock = {}, threading.Lock()
-            self._deferred_ack_targets, self._deferred_ack_poisoned_rooms, self._staging_outstanding = {}, set(), {}
-            self.bootstrap_timeout, self.message = 60, []
-
-        def send_kv_status_message(self, **message):
-            self.message.append(message)
-
     manager = Bookkeeping()
     side = registered(prefill(manager))
     for room in (7, 8):
@@ -288,3 +290,47 @@ def test_a_prompt_that_is_shorter_than_what_decode_has_of_it_fails_and_hangs_nob
     sender.kv_mgr, sender.bootstrap_room, sender.prompt_tokens = manager, 7, 3
     assert sender.pop_decode_prefix_len() == start
     assert manager.request_status[7] == status
+
+
+def announced(prompt_tokens):
+    return Room(**WHO, room=7, prompt_tokens=prompt_tokens, prefix_tokens=0, destinations=1).frames()
+
+
+@pytest.fixture
+def arrived():
+    """A request of 3 tokens whose rows decode has: its side, and its sender, which the scheduler has not closed yet."""
+    from pdtrim_sglang.sender import PDTrimKVSender
+
+    manager = Bookkeeping()
+    manager.prefill_side = side = registered(prefill(manager))
+    sender = object.__new__(PDTrimKVSender)
+    sender.kv_mgr, sender.bootstrap_room, sender.conclude_state = manager, 7, None
+    side.sender_opened(7)
+    manager.update_status(7, KVPoll.Bootstrapping)
+    side._handle(announced(3))
+    assert manager.request_status[7] == KVPoll.WaitingForInput
+    side.rooms.progress(7).last_sent = 1.0
+    return side, sender
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["reply came", "reply on its way"])
+def test_a_request_that_decode_retracts_before_its_sender_is_closed_is_waited_for_again(arrived, heard):
+    """The scheduler closes it after its forward pass, and all that SGLang knows of the room goes with it."""
+    side, sender = arrived
+    if heard:
+        side._manager.update_status(7, KVPoll.Success)
+    side._handle(announced(5))
+    sender.clear()
+    assert side._manager.request_status == {7: KVPoll.WaitingForInput}
+    assert [info.prompt_tokens for info in side._manager.transfer_infos[7].values()] == [5]
+    assert side._manager.req_to_decode_prefix_len == {7: 0}
+
+
+def test_a_retracted_request_that_is_then_given_up_leaves_nothing_behind(arrived):
+    side, sender = arrived
+    side._manager.update_status(7, KVPoll.Success)
+    side._handle(announced(5))
+    side._handle([ABORT_TAG, b"7"])
+    sender.clear()
+    assert not side._manager.request_status
+    assert not side._manager.transfer_infos
