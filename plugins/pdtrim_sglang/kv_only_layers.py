@@ -55,4 +55,4 @@ def cut_kv_only_layers(runner: Any) -> None:
 
 def _cut(layers: Any, plan: PDPlan, runner: Any) -> None:
     freed = sum(keep_only_kv(layers[index], runner.model.config.hidden_size) for index in plan.kv_only_layers)
-    logger.info("pdtrim: layers %s make K and V alone; %.1f MB of zeros freed", plan.kv_only_layers, freed / 1e6)
+    logger.info("pdtrim: layers %s make K and V alone; %.1f MB of weights freed", plan.kv_only_layers, freed / 1e6)

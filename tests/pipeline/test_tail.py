@@ -93,8 +93,8 @@ def test_other_tails_share_what_was_fitted(
     assert none.plan == bundle.plan.with_parts(kv_only_tail=0)
     assert not (none.prefill_dir / BODY).exists()
     assert_equal(weights(none.prefill_dir), weights(body_of(bundle)))
-    own, fitted = weights(bundle.prefill_dir), weights(body_of(bundle))
-    changed = {name for name in own if not torch.equal(own[name], fitted[name])}
+    model, fitted = weights(bundle.prefill_dir), weights(body_of(bundle))
+    changed = {name for name in model if not torch.equal(model[name], fitted[name])}
     layers = none.plan.kv_only_layers
     assert {f"model.layers.{layer}.mlp.down_proj.weight" for layer in layers} <= changed  # zero
     assert any(f"model.layers.{layer}.{name}" in changed for layer in layers for name in SECOND)  # refitted

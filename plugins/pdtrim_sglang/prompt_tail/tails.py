@@ -108,13 +108,12 @@ class PromptTails:
                 return model(input_ids, positions, batch, *args, **kwargs)
 
             def run(model: Callable[..., Any], part: BatchPart) -> Any:
-                def own(value: Any) -> Any:
+                def rows_of(value: Any) -> Any:
                     return value[part.rows] if isinstance(value, Tensor) else value
 
-                arguments = [own(value) for value in (input_ids, positions)]
-                named = {name: own(value) for name, value in kwargs.items()}
+                named = {name: rows_of(value) for name, value in kwargs.items()}
                 with forward_context(get_forward_context(), forward_batch=part.batch):
-                    return model(*arguments, part.batch, *map(own, args), **named)
+                    return model(rows_of(input_ids), rows_of(positions), part.batch, *map(rows_of, args), **named)
 
             return _joined((run(self._body.forward, body), run(whole, tail)), (body.rows, tail.rows))
 
