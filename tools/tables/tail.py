@@ -1,4 +1,4 @@
-"""KV-only blocks whose prompts' last tokens run whole, by the length of this tail: losses, needles, prefill's work."""
+"""KV-only blocks, and a tail of each prompt that runs the unchanged model, by its length: losses, needles, prefill's work."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The last tokens of a prompt, which KV-only layers of prefill run whole."""
+"""The last tokens of a prompt, which run the unchanged model, and the model that the tokens before them run."""
