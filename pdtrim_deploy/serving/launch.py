@@ -55,9 +55,9 @@ def cluster_of(
 
     Raises:
         UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine or the
-            weights that its plan has before a tail, the transport's library is not there, or decode's pool is to be split
-            with no sparse layer; ranks that cannot be served, too few GPUs for them, or weights or an attention that
-            the device does not compute.
+            weights that its plan has before a tail, the transport's library is not there, or decode's pool is to be
+            split with no sparse layer; ranks that cannot be served, too few GPUs for them, or weights or an attention
+            that the device does not compute.
 
     """
     environment = environment or ServeEnvironment.find()

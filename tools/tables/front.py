@@ -84,7 +84,8 @@ def _tail(tail: Data) -> tuple[str, str, str, str]:
         costs.append(f"after {prompt:,} prompt tokens {cost[0]} of {needles} facts found (without a tail {cost[1]})")
     count = len(rows["brown"]["which"])
     return (
-        f"KV-only prefill with a tail: {count} of 30 blocks, but the last {longest} tokens of a prompt run the model as it is: "
+        f"KV-only prefill with a tail: {count} of 30 blocks, but the last {longest} tokens of a prompt run "
+        "the unchanged model: "
         "`include: [units/healing/kv-only-12-tail.yaml]`",
         f"work of prefill's blocks: {', '.join(work)} prompt tokens (arithmetic)",
         "mean of four kinds of text, and facts hidden in a prompt: " + "; ".join(costs),

@@ -1,4 +1,4 @@
-"""KV-only blocks, and a tail of each prompt that runs the unchanged model, by its length: losses, needles, prefill's work."""
+"""KV-only blocks, and a tail of each prompt that runs the unchanged model: losses, needles, prefill's work."""
 
 from __future__ import annotations
 
