@@ -92,6 +92,14 @@ class CalibrationSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _each_corpus_once(self) -> CalibrationSection:
+        names = [part.corpus for part in self.mixture]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:  # each of its sequences would be read twice
+            raise ValueError(f"mixture names {twice[0]} twice; allowed: each corpus once, with the sum of its shares")
+        return self
+
+    @model_validator(mode="after")
     def _something_scored(self) -> CalibrationSection:
         if self.prompt > self.length - 2:
             raise ValueError(
