@@ -1,4 +1,4 @@
-"""Sequences of KV's text that repeat a passage are of every corpus of a mixture, and builds know which rule they used."""
+"""Sequences of KV's text that repeat a passage are of every corpus of a mixture; builds know by which rule."""
 
 from __future__ import annotations
 
