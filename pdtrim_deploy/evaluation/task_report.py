@@ -64,7 +64,7 @@ class TasksReport(_Frozen):
     """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it.
 
     `dtype`, `computed_in` and `device` are as in `Quality`; `hand_over` is that of lm-eval's tasks, None for their
-    defaults.
+    defaults. The bundle's calibration text has some questions of the tasks in `calibrated_on`.
     """
 
     plan_digest: str
@@ -76,6 +76,7 @@ class TasksReport(_Frozen):
     device: str | None = None
     hand_over: HandOver | None = None
     tasks: tuple[TaskFigures, ...]
+    calibrated_on: tuple[str, ...] = ()
     recovery: tuple[Recovery, ...] = ()
     environment: dict[str, Any]
 

@@ -74,6 +74,11 @@ class CalibrationSection(Section):
         return self.mixture or (CorpusShare(corpus=self.corpus, share=1.0),)
 
     @property
+    def has_questions(self) -> bool:
+        """Whether some of MMLU's test questions are among the text."""
+        return any(part.corpus == "questions" for part in self.shares)
+
+    @property
     def prompt(self) -> int:
         """Tokens of the prompts."""
         return self.length // 2 if self.prompt_tokens is None else self.prompt_tokens
