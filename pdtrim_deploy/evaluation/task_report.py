@@ -34,12 +34,14 @@ class Figure(_Frozen):
 class TaskFigures(_Frozen):
     """One task; `dense` and `pd` hold each measure's value of every item, `groups` what the item counts under.
 
+    Items of equal `subjects` are of one document or text, and count as one in standard errors; empty: each is its own.
     `weights` are the items' of those measures whose means are weighted, as lm-eval's by words.
     """
 
     task: str
     figures: tuple[Figure, ...]
     groups: tuple[str, ...]
+    subjects: tuple[int, ...] = ()
     dense: dict[str, tuple[float, ...]]
     pd: dict[str, tuple[float, ...]]
     weights: dict[str, tuple[float, ...]] = {}
@@ -54,6 +56,7 @@ class TaskFigures(_Frozen):
             task=dense.task,
             figures=tuple(figures),
             groups=dense.groups,
+            subjects=dense.subjects,
             dense=dense.values,
             pd=pd.values,
             weights=dict(dense.weights),
