@@ -25,7 +25,7 @@ from __results import HERE, commit, committed, write
 from torch import Tensor
 
 from pdtrim_deploy.evaluation.corpora import registry
-from pdtrim_deploy.evaluation.corpora.mixture import mixed
+from pdtrim_deploy.evaluation.corpora.mixture import in_turn, mixed
 from pdtrim_deploy.evaluation.tasks import Setting, needle, perplexity
 from pdtrim_deploy.evaluation.tasks.base import Task
 from pdtrim_deploy.kvchoice import Problem, Sends, offsets
@@ -103,7 +103,8 @@ class _Bench:
     def plans(self) -> dict[str, list[dict[str, Any]]]:
         """Rules of each plan, dense first."""
         layers, options = len(self.oracle.plan.kv), KVSection(method="budget", reduction=2.0).options()
-        ids = with_recall(self._calibration(CHOSEN_AT + CONTINUATION), CHOSEN_AT, RECALL, 0)
+        parts = in_turn([part.share for part in DEFAULT_MIXTURE], self._options.calibration)
+        ids = with_recall(self._calibration(CHOSEN_AT + CONTINUATION), CHOSEN_AT, RECALL, 0, parts)
         problem = Problem(self.oracle, ids, CHOSEN_AT)
         search = budget_search(problem, tuple(map(_shared, options)), self._note, ROUNDS)
         budget = self.oracle.plan.dense_bytes(CHOSEN_AT)

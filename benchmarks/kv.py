@@ -103,7 +103,7 @@ def main() -> None:
     )
     measured = {
         task.name: [
-            Measured(task.name, tuple(item["groups"]), item["values"])
+            Measured(task.name, tuple(item["groups"]), item["values"], tuple(item["subjects"]))
             for item in log.value(task.name, lambda task=task: [asdict(item) for item in task.measure(oracles, note)])
         ]
         for task in tasks

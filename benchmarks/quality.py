@@ -24,7 +24,7 @@ from pdtrim_deploy.bundle.environment import machine
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.corpora import registry
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import windows
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import BATCH
@@ -97,7 +97,12 @@ def rows(log: RowLog) -> Iterator[dict[str, Any]]:
         check_commits([dense, row])
         count = min(len(row["values"]), len(dense["values"]))
         before, after = (
-            Measured(row["part"], ("all",) * count, {row["measure"]: tuple(side["values"][:count])})
+            Measured(
+                row["part"],
+                ("all",) * count,
+                {row["measure"]: tuple(side["values"][:count])},
+                tuple(side.get("documents", ())[:count]),
+            )
             for side in (dense, row)
         )
         kept = Recovery.of(before, after, {})
@@ -147,8 +152,9 @@ class _Bench:
     def rows(self, part: str, plans: Sequence[str], items: int | None) -> Iterator[list[dict[str, Any]]]:
         """A row of each plan, as they are measured: a value for each question or text, with what made it."""
         if plans and part in DOMAINS:
-            values = self._domain(part, plans)
-            yield [self._row(plan, part, "nll", values[plan], every=True) for plan in plans]
+            values, documents = self._domain(part, plans)
+            rows = [self._row(plan, part, "nll", values[plan], every=True) for plan in plans]
+            yield [row | {"documents": documents} for row in rows]
         for plan in plans if part in TASKS else ():
             measured, every = self._task(plan, part, items)
             yield [self._row(plan, part, TASKS[part], measured.values[TASKS[part]], every=every)]
@@ -160,19 +166,19 @@ class _Bench:
         row |= {"reduction": bfloat16_reduction(self._oracles[plan].plan, self._text["prompt"]), "commit": self._commit}
         return row | {"machine": machine()["cpu"]}
 
-    def _domain(self, part: str, plans: Sequence[str]) -> dict[str, list[float]]:
-        """Loss of each text behind each plan; only one batch's prompts are in memory."""
+    def _domain(self, part: str, plans: Sequence[str]) -> tuple[dict[str, list[float]], list[int]]:
+        """Loss of each text behind each plan, and the document of each text; one batch's prompts are in memory."""
         documents = registry.load(DOMAINS[part], self._cache, self._note).split("final")
         lengths = self._text["prompt"], self._text["continuation"]
-        ids = sequences(documents, self._tokenizer, self._text["sequences"], sum(lengths), 0)
+        texts = windows(documents, self._tokenizer, self._text["sequences"], sum(lengths), 0)
         values: dict[str, list[float]] = {plan: [] for plan in plans}
-        for batch in ids.split(BATCH):
+        for batch in texts.ids.split(BATCH):
             prompts, continuations = batch.split(lengths, 1)
             state = self._oracles[plans[0]].prefill(prompts)
             for plan in plans:
                 values[plan] += sequence_nll(self._oracles[plan].score(state, continuations)).tolist()
-            self._note(f"{self._name}, {part}: {len(values[plans[0]])} of {len(ids)} texts, {len(plans)} plans")
-        return values
+            self._note(f"{self._name}, {part}: {len(values[plans[0]])} of {len(texts.ids)} texts, {len(plans)} plans")
+        return values, list(texts.documents)
 
     def _task(self, plan: str, part: str, items: int | None) -> tuple[Measured, bool]:
         self._note(f"{self._name}, {plan}, {part}")

@@ -78,7 +78,9 @@ def _of_plan(path: Path, plan_digest: str) -> dict[str, Any]:
 def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:
     of_text = report.get("recovery") or []
     of_tasks = [task.get("recovery") for task in report.get("tasks", ()) if isinstance(task, dict)]
-    return [entry for entry in (*(of_text if isinstance(of_text, list) else [of_text]), *of_tasks) if entry]
+    entries = [entry for entry in (*(of_text if isinstance(of_text, list) else [of_text]), *of_tasks) if entry]
+    calibrated_on = report.get("calibrated_on") or ()
+    return [entry | ({"calibrated_on": True} if entry["task"] in calibrated_on else {}) for entry in entries]
 
 
 def _row(entry: dict[str, Any], report: str) -> Row:
@@ -90,6 +92,7 @@ def _row(entry: dict[str, Any], report: str) -> Row:
         kept = "passed" if entry["passed"] else "FAILED"
         gate = f"{'at least' if least else 'at most'} {entry['gate']:g}: {kept}"
     name = entry["task"] if entry["task"] == "perplexity" else f"{entry['task']}, {entry['measure']}"
+    name += " (calibrated on some of its questions)" if entry.get("calibrated_on") else ""
     # JSON has no NaN: it is null there.
     dense, score = ("nan" if entry[key] is None else f"{entry[key]:.4f}" for key in ("dense", "score"))
     return Row(name, str(entry["items"]), dense, score, recovery, gate, report)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.cli.eval_questions import warn_of_calibrated
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
     from pdtrim_deploy.evaluation.quality import Quality
     from pdtrim_deploy.evaluation.task_report import Figure, TasksReport
+    from pdtrim_deploy.recipe import Recipe
 
 
 def evaluate_bundle(
@@ -55,7 +57,7 @@ def evaluate_bundle(
     dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
     compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
     require("eval", CheckContext(opened.recipe, cache=cache, compute=compute, judged_in=compute.dtype))
-    names, harness = ([], None) if tasks is None else _tasks(tasks, include_path, items, hand_over)
+    names, harness = ([], None) if tasks is None else _tasks(opened.recipe, tasks, include_path, items, hand_over)
     if harness is None and (include_path is not None or hand_over is not None):
         raise UserError("--include-path and --hand-over are for tasks of lm-eval; give --tasks lm_eval:NAME too")
     path = options.writable(opened.reports_dir / ("eval.json" if tasks is None else "tasks.json"))
@@ -104,9 +106,12 @@ def _check(tasks: str | None, items: int | None, sequences: int | None) -> None:
 
 
 def _tasks(
-    tasks: str, include_path: Path | None, items: int | None, hand_over: HandOver | None
+    recipe: Recipe, tasks: str, include_path: Path | None, items: int | None, hand_over: HandOver | None
 ) -> tuple[list[str], Harness | None]:
-    """Our tasks of `--tasks`, each once, and those of lm-eval; UserError for one of ours that does not exist."""
+    """Our tasks of `--tasks`, each once, and those of lm-eval; UserError for one of ours that does not exist.
+
+    Says which of them have questions that the bundle was calibrated on.
+    """
     from pdtrim_deploy.evaluation.lm_harness import Harness
     from pdtrim_deploy.evaluation.tasks.registry import check
 
@@ -124,6 +129,7 @@ def _tasks(
         check(name)
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path: {include_path} is no folder; name the one that holds your task's YAML")
+    warn_of_calibrated(recipe, names)
     return task_names, Harness(harness_names, include_path, items, hand_over) if harness_names else None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.cli.eval_questions import warn_of_calibrated
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.recipe.gates import LM_EVAL, SERVED_TASKS
@@ -65,6 +66,8 @@ def evaluate_served(
     gates = {} if bundle is None else bundle.recipe.quality
     if against is None and any(name in gates for name in names):
         raise UserError("the recipe has gates for these tasks, over the dense model's score; give its URL: --against")
+    if bundle is not None:
+        warn_of_calibrated(bundle.recipe, names)
     files = [] if bundle is None else [options.writable(bundle.reports_dir / "served.json")]
     files += [] if out is None else [out]
     read_questions = None if questions is None else from_file(questions)
@@ -91,6 +94,7 @@ def evaluate_served(
         plan_digest=None if bundle is None else bundle.plan.digest,
         concurrency=pair.concurrency,
         tasks=tuple(judged),
+        calibrated_on=() if bundle is None else bundle.recipe.calibrated_on(names),
         environment=environment(command),
     )
     text = report.model_dump_json(indent=2)

@@ -93,6 +93,7 @@ def judge_tasks(
         device=compute.names,
         hand_over=None if harness is None else harness.hand_over,
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
+        calibrated_on=bundle.recipe.calibrated_on(result.task for result in dense),
         recovery=tuple(Recovery.of(*pair, bundle.recipe.quality) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )

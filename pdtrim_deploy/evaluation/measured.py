@@ -25,7 +25,8 @@ class Paired:
 class Measured:
     """One plan's result: `values[measure][item]`; items of two results of one task are the same, in the same order.
 
-    Items with the same number in `subjects` are one text judged several times; left out, every item is its own.
+    Items with the same number in `subjects` are of one document, or one text judged several times; left out, every item
+    is its own.
     `higher_is_better` is of those measures alone whose source states it, `weights[measure][item]` (a text's words, say)
     of those whose mean is weighted.
     """

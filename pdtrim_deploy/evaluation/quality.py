@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -43,7 +43,8 @@ class Score(BaseModel):
 class Quality(BaseModel):
     """`ratio` is PD over dense perplexity, `recovery` the same with its error and the recipe's gate.
 
-    The text is that of the corpus's final split, `corpus_sha256` names it.
+    The text is that of the corpus's final split, `corpus_sha256` names it. Sequences of equal `documents` are of one
+    document, and count as one in the error (empty: not recorded).
 
     Weights and KV pool have `dtype`; `computed_in` may be wider, where the CPU has no instructions for it (None: not
     recorded). `device` names what it was computed on.
@@ -60,6 +61,7 @@ class Quality(BaseModel):
     device: str | None = None
     dense: Score
     pd: Score
+    documents: tuple[int, ...] = ()
     ratio: float
     recovery: Recovery | None = None
     environment: dict[str, Any]
@@ -104,7 +106,7 @@ def judge_bundle(
         (bundle.models, [source.path]), BATCH * (section.prompt_tokens + section.continuation_tokens), compute
     )
     corpus = corpora.load(section.corpus, cache, note)
-    ids = corpora.sequences(
+    texts = corpora.windows(
         corpus.split("final"),
         load_tokenizer(source.path),
         section.sequences,
@@ -115,12 +117,13 @@ def judge_bundle(
     def score(name: str, oracle: PDOracle) -> Perplexity:
         kv_bytes = compute.states(STREAMED_KV) if compute.streams(plan.model.num_blocks) else 0
         return pd_perplexity(
-            oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"), kv_bytes=kv_bytes
+            oracle, texts.ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"), kv_bytes=kv_bytes
         )
 
     pd = score("PD", oracle_of(bundle, note, compute))
     whole = load_to_compute("dense", source.path, dtype, note, compute)
     dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))
+    losses = [measured(result.per_sequence, texts.documents) for result in (dense, pd)]
     return Quality(
         plan_digest=plan.digest,
         text=section,
@@ -131,12 +134,13 @@ def judge_bundle(
         device=compute.names,
         dense=Score.of(dense),
         pd=Score.of(pd),
+        documents=texts.documents,
         ratio=pd.ppl / dense.ppl,
-        recovery=Recovery.of(_measured(dense), _measured(pd), bundle.recipe.quality),
+        recovery=Recovery.of(losses[0], losses[1], bundle.recipe.quality),
         environment=environment,
     )
 
 
-def _measured(result: Perplexity) -> Measured:
-    sequences = result.per_sequence
-    return Measured("perplexity", ("all",) * len(sequences), {"nll": sequences})
+def measured(losses: Sequence[float], documents: tuple[int, ...]) -> Measured:
+    """Losses of sequences, and the document of each (none: each is its own)."""
+    return Measured("perplexity", ("all",) * len(losses), {"nll": tuple(losses)}, documents)

@@ -34,12 +34,14 @@ class Figure(_Frozen):
 class TaskFigures(_Frozen):
     """One task; `dense` and `pd` hold each measure's value of every item, `groups` what the item counts under.
 
+    Items of equal `subjects` are of one document or text, and count as one in standard errors; empty: each is its own.
     `weights` are the items' of those measures whose means are weighted, as lm-eval's by words.
     """
 
     task: str
     figures: tuple[Figure, ...]
     groups: tuple[str, ...]
+    subjects: tuple[int, ...] = ()
     dense: dict[str, tuple[float, ...]]
     pd: dict[str, tuple[float, ...]]
     weights: dict[str, tuple[float, ...]] = {}
@@ -54,6 +56,7 @@ class TaskFigures(_Frozen):
             task=dense.task,
             figures=tuple(figures),
             groups=dense.groups,
+            subjects=dense.subjects,
             dense=dense.values,
             pd=pd.values,
             weights=dict(dense.weights),
@@ -64,7 +67,7 @@ class TasksReport(_Frozen):
     """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it.
 
     `dtype`, `computed_in` and `device` are as in `Quality`; `hand_over` is that of lm-eval's tasks, None for their
-    defaults.
+    defaults. The bundle's calibration text has some questions of the tasks in `calibrated_on`.
     """
 
     plan_digest: str
@@ -76,6 +79,7 @@ class TasksReport(_Frozen):
     device: str | None = None
     hand_over: HandOver | None = None
     tasks: tuple[TaskFigures, ...]
+    calibrated_on: tuple[str, ...] = ()
     recovery: tuple[Recovery, ...] = ()
     environment: dict[str, Any]
 

@@ -85,9 +85,9 @@ class Cache:
         target = self.root / kind / key
         try:
             with self._lock(target):
+                for stale in _scratch(target):
+                    shutil.rmtree(stale, ignore_errors=True)  # left by a process that died: we hold the lock
                 if not _undamaged(target):
-                    for stale in target.parent.glob(f".{key}.new-*"):
-                        shutil.rmtree(stale, ignore_errors=True)  # left by a process that died: we hold the lock
                     with atomic_directory(target) as scratch:
                         make(scratch)
                         _mark(scratch)
@@ -107,6 +107,12 @@ class Cache:
         with (target.parent / f".{target.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _scratch(target: Path) -> list[Path]:
+    """Folders that `atomic_directory` of this target left: new ones, and old ones that made way for it."""
+    beginnings = tuple(f".{target.name}.{age}-" for age in ("new", "old"))
+    return [path for path in target.parent.iterdir() if path.name.startswith(beginnings)]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from pdtrim_deploy.plan import STAGES, UNIFIED, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.recipe.pruning_methods import EVALUATED, SEARCH_VERSION
+from pdtrim_deploy.recipe.recall_bounds import MIXED_VERSION
 from pdtrim_deploy.recipe.targets import Target
 
 
@@ -51,13 +52,14 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         chosen["judged"] = [*text, recipe.healing.enabled, *([rules] if rules and recipe.pruning.finalists else [])]
     prune = chained_key("", base | (chosen if recipe.pruning.decode_loses else {}))
     first = BuildStep("prune", prune, steps.PRUNED, steps.prune)
+    mixed_recall = {"recall": MIXED_VERSION} if recipe.kv.recall and len(recipe.calibration.shares) > 1 else {}
     if recipe.target is not None:
-        prune = chained_key("", base | {key: dump[key] for key in ("target", "kv", "calibration")})
+        prune = chained_key("", base | {key: dump[key] for key in ("target", "kv", "calibration")} | mixed_recall)
         first = BuildStep("target", prune, joint.CHOSEN, joint.choose)
     kept = chained_key(prune, experts.depends_on(dump)) if keeps_experts else prune
     healed = chained_key(kept, heal.depends_on(recipe)) if heal.needed(recipe) else kept
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
-    kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None])
+    kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None, *mixed_recall.values()])
     trained = [recipe.healing.decides(trains=True), dump["kv"], dump["calibration"]]
     decode = chained_key(kv, trained) if recipe.healing.kv_steps else kv
     before_healing = "experts" if keeps_experts else first.name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS
 from pdtrim_deploy.local.atomic import write_atomic
-from pdtrim_deploy.pipeline import heal
+from pdtrim_deploy.pipeline import heal, texts
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Stage
 
@@ -71,14 +71,13 @@ def _key(context: Context) -> str:
 
 def _text(context: Context) -> Tensor:
     """Prompts as KV is chosen on, each with half of `healing.length` behind it; int64."""
-    from pdtrim_deploy.kvchoice.recall import with_recall
     from pdtrim_deploy.recipe.recall_bounds import fits
 
     recipe = context.recipe
     prompt, more = recipe.kv.prompt_tokens, recipe.healing.length // 2
     ids = context.calibration(recipe.healing.sequences, prompt + more, prompt)
     if recipe.kv.recall and fits(prompt, more):
-        return with_recall(ids, prompt, recipe.kv.recall, recipe.calibration.seed)
+        return texts.recalled(context, ids, prompt)
     return ids
 
 

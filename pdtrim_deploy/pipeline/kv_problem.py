@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pdtrim_deploy.bundle import WORK
+from pdtrim_deploy.pipeline import texts
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe.kv_cost import STATES
@@ -24,12 +25,11 @@ if TYPE_CHECKING:
 def problem_of(context: Context, oracle: PDOracle, prompt_tokens: int, plan: PDPlan, weights: str | None) -> Problem:
     """The KV section's text with prompts of that length, and stages of `plan` whose changed weights have a digest."""
     from pdtrim_deploy.kvchoice import Problem
-    from pdtrim_deploy.kvchoice.recall import with_recall
 
     section, seed = context.recipe.kv, context.recipe.calibration.seed
     text = context.calibration(section.sequences, prompt_tokens + section.continuation_tokens, prompt_tokens)
     if section.recall:
-        text = with_recall(text, prompt_tokens, section.recall, seed)
+        text = texts.recalled(context, text, prompt_tokens)
     about = [plan.digest, weights]
     kept, states = _kept(context, text, prompt_tokens, oracle.offsets, about), context.compute.states(STATES)
     return Problem(oracle, text, prompt_tokens, seed, kept, context.out / WORK, state_bytes=states)

@@ -42,6 +42,16 @@ def judged(context: Context) -> Tensor:
     return fitted(context)[-context.recipe.healing.judged :]
 
 
+def recalled(context: Context, ids: Tensor, prompt_tokens: int) -> Tensor:
+    """Calibration text in which `kv.recall` of the sequences, of every corpus alike, repeat a passage of the prompt."""
+    from pdtrim_deploy.evaluation.corpora.mixture import in_turn
+    from pdtrim_deploy.kvchoice.recall import with_recall
+
+    section = context.recipe.calibration
+    parts = in_turn([part.share for part in section.shares], len(ids))
+    return with_recall(ids, prompt_tokens, context.recipe.kv.recall, section.seed, parts)
+
+
 def check_file(corpus: str, cache: Cache) -> None:
     """Refuse, with UserError, calibration text of a user's own file that cannot be read or divided."""
     from pdtrim_deploy.evaluation import corpora

@@ -74,6 +74,11 @@ class CalibrationSection(Section):
         return self.mixture or (CorpusShare(corpus=self.corpus, share=1.0),)
 
     @property
+    def has_questions(self) -> bool:
+        """Whether some of MMLU's test questions are among the text."""
+        return any(part.corpus == "questions" for part in self.shares)
+
+    @property
     def prompt(self) -> int:
         """Tokens of the prompts."""
         return self.length // 2 if self.prompt_tokens is None else self.prompt_tokens
@@ -89,6 +94,14 @@ class CalibrationSection(Section):
     def _text_of_one_kind(self) -> CalibrationSection:
         if self.mixture and self.corpus != "brown":  # a dump has the default's name beside a mixture
             raise ValueError(f"corpus is '{self.corpus}' but mixture is given; allowed with it: mixture []")
+        return self
+
+    @model_validator(mode="after")
+    def _each_corpus_once(self) -> CalibrationSection:
+        names = [part.corpus for part in self.mixture]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:  # each of its sequences would be read twice
+            raise ValueError(f"mixture names {twice[0]} twice; allowed: each corpus once, with the sum of its shares")
         return self
 
     @model_validator(mode="after")

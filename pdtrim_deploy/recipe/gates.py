@@ -11,6 +11,11 @@ TASKS = ("perplexity", "choice", "needle", "agreement", *SERVED_TASKS)
 LM_EVAL = "lm_eval:"
 
 
+def asks_mmlu(task: str) -> bool:
+    """Whether a task asks questions of MMLU's test split, which corpus `questions` has too."""
+    return task == "mmlu" or task.startswith(f"{LM_EVAL}mmlu")
+
+
 def _known(gates: dict[str, float]) -> dict[str, float]:
     for name in gates:
         if name not in TASKS and not (name.startswith(LM_EVAL) and name != LM_EVAL):

@@ -1,6 +1,7 @@
 """Which prompts are long enough to repeat a passage of their middle (`kvchoice/recall.py`). Pure: no torch."""
 
 CUE = 16  # tokens of the passage that the prompt ends with
+MIXED_VERSION = 1  # of which sequences of a mixture repeat a passage: steps of builds that read them are made again
 
 
 def fits(prompt_tokens: int, continuation_tokens: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +22,9 @@ from pydantic import (
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, NativeDtype
 from pdtrim_deploy.recipe.calibration import CalibrationSection, Corpus
-from pdtrim_deploy.recipe.gates import Gates
+from pdtrim_deploy.recipe.gates import Gates, asks_mmlu
 from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
-from pdtrim_deploy.recipe.kv import KVSection
+from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
 from pdtrim_deploy.recipe.section import Section
 from pdtrim_deploy.recipe.seed import Seed
@@ -90,6 +91,17 @@ class Recipe(Section):
         fitted = bool(self.healing.kv_only_blocks) or self.target is not None
         return fitted or (pruned and (self.pruning.distil or self.healing.enabled))
 
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether anything of the two stages is decided by calibration text."""
+        loses = bool(self.pruning.decode_loses) or self.pruning.experts is not None
+        return loses or self.changes_weights or self.kv.method not in FIXED_KV or self.kv.measures_offsets
+
+    def calibrated_on(self, tasks: Iterable[str]) -> tuple[str, ...]:
+        """Those of the tasks of which calibration text has some questions."""
+        read = self.reads_calibration and self.calibration.has_questions
+        return tuple(task for task in tasks if read and asks_mmlu(task))
+
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if self.stages == "unified":
@@ -98,8 +110,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _judged_on_unseen_questions(self) -> Recipe:
-        gates = [name for name in self.quality if name == "mmlu" or name.startswith("lm_eval:mmlu")]
-        if gates and any(part.corpus == "questions" for part in self.calibration.shares):
+        gates = [name for name in self.quality if asks_mmlu(name)]
+        if gates and self.calibration.has_questions:
             raise ValueError(
                 f"quality.{gates[0]} judges by MMLU's test questions but calibration reads some of them (corpus "
                 "questions, part of the default mixture); allowed with it: a calibration.mixture without questions"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.loadtest.base import LoadResult
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class QualityFigures(FrozenFigures):
     """Perplexity of `tokens` tokens of held-out text; `ratio` is PD over dense, `stderr` its paired standard error.
 
-    The error is over sequences; None where there is a single one.
+    The error is over documents; None where there is a single one.
     """
 
     dense_ppl: float
@@ -32,9 +31,11 @@ class QualityFigures(FrozenFigures):
     @classmethod
     def of(cls, quality: Quality) -> QualityFigures:
         """From the losses of the same sequences, dense and PD."""
-        pairs = zip(quality.dense.nll_per_sequence, quality.pd.nll_per_sequence, strict=True)
-        rises = [pd - dense for dense, pd in pairs]
-        stderr = quality.ratio * stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else None
+        from pdtrim_deploy.evaluation.quality import measured
+
+        dense, pd = (measured(side.nll_per_sequence, quality.documents) for side in (quality.dense, quality.pd))
+        error = pd.against(dense, "nll").stderr
+        stderr = None if math.isnan(error) else quality.ratio * error
         return cls(
             dense_ppl=quality.dense.ppl,
             pd_ppl=quality.pd.ppl,

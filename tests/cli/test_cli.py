@@ -441,6 +441,7 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     assert report["ratio"] == pytest.approx(report["pd"]["ppl"] / report["dense"]["ppl"])
     assert report["ratio"] != 1
     assert report["tokens"] == 3 * 8
+    assert len(report["documents"]) == 3
     assert report["text"]["seed"] == 3
     assert report["environment"]["command"].startswith(f"pdtrim-deploy eval {bundle_dir} --seed 3")
     code, _, err = run(capsys, "eval", bundle_dir, "--corpus", "news", "--cache-dir", cache.root)

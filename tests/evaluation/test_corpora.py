@@ -108,6 +108,7 @@ def test_too_little_text(documents, tiny_llama_dir):
 
 
 def test_own_text(tmp_path, cache):
+    (tmp_path / "folder.txt").mkdir(parents=True)
     (tmp_path / "sub").mkdir()
     for n, name in enumerate(["b.txt", "a.txt", "sub/c.txt", "notes.md", "empty.txt"]):
         (tmp_path / name).write_text("" if "empty" in name else f"{n} ünïcode")

@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.corpora import SPLITS, Corpus, Document, code, load, mixed, prompts, questions, sequences
+from pdtrim_deploy.evaluation.corpora import (
+    SPLITS,
+    Corpus,
+    Document,
+    code,
+    load,
+    mixed,
+    prompts,
+    questions,
+    sequences,
+    windows,
+)
 from pdtrim_deploy.evaluation.corpora.base import conversation
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
 from pdtrim_deploy.evaluation.corpora.hub import HubFile
@@ -155,6 +166,18 @@ def test_long_requests_give_what_they_have_left_once_all_had_a_turn(tokenizer):
     texts = [tokenizer.decode(row) for row in sequences(longer, tokenizer, 12, 40)]
     for round_of_all in (texts[start : start + 3] for start in range(0, 12, 3)):  # none gives two before all gave one
         assert sorted(round_of_all) == [f"{n}" * 40 for n in range(3)]
+
+
+def test_windows_tell_their_documents(tokenizer):
+    """A window of several requests is of the last one, which alone goes on in others; a group is one document."""
+    long = [conversation(f"c{n}", [("user", "word " * (150 * n + 40)), ("assistant", "yes")]) for n in range(3)]
+    texts = windows(long, tokenizer, 9, 40, 3)
+    assert torch.equal(texts.ids, sequences(long, tokenizer, 9, 40, 3))
+    assert len(set(texts.documents)) == 3
+    halves = [Document(name, "the green garden was there " * 200, group=group) for name, group in ("ax", "bx", "cy")]
+    documents = windows(halves, tokenizer, 9, 40).documents
+    assert len(documents) == 9
+    assert set(documents) == {0, 1}
 
 
 def test_prompts_end_where_the_model_is_to_go_on(tokenizer):

@@ -193,3 +193,20 @@ def test_social_iqa_is_parsed(tmp_path: Path):
         ("0000", ["Jo left. Why did Jo leave?", ["to rest", "be seen", "had to"], 1]),
         ("0002", ["Jo: A man. What next?", ["walk", "see A; B or C", "run"], 2]),
     ]
+
+
+@pytest.mark.parametrize("task", [perplexity, needle, agreement], ids=lambda task: task.__name__.rpartition(".")[2])
+def test_texts_of_one_document_count_as_one_in_errors(setting, task):
+    few = changed(setting, documents=setting.documents[:3], size=1 if task is needle else 6)
+    dense, cut = setting.dense, setting.dense.with_kv((KVSend(mode="sparse", n_first=1, n_last=8),) * 6)
+    prepared = task.prepare(few, **({"lengths": (40, 60), "tokens": 8} if task is perplexity else {"prompt": 160}))
+    before, after = prepared.measure([dense, cut])
+    measure = next(iter(after.values))
+    documents = prepared.documents * len(prepared.parts)
+    assert set(documents) == {0, 1, 2}
+    pairs = zip(documents, after.values[measure], before.values[measure], strict=True)
+    apart = [(document, value - base) for document, value, base in pairs]
+    mean = sum(difference for _, difference in apart) / len(apart)
+    squares = sum(sum(value - mean for of, value in apart if of == document) ** 2 for document in range(3))
+    assert after.against(before, measure).stderr == pytest.approx((squares * 3 / 2) ** 0.5 / len(apart))
+    assert TaskFigures.of(before, after).subjects == documents

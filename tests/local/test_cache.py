@@ -91,10 +91,37 @@ def test_failure_leaves_nothing(tmp_path):
     assert [p.name for p in (tmp_path / "kind").iterdir()] == [".key.lock"]
 
 
-def test_leftovers_of_a_killed_process_go(tmp_path):
-    (tmp_path / "kind" / ".key.new-dead").mkdir(parents=True)
+@pytest.mark.parametrize("name", [".key.new-dead", ".key.old-dead"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_leftovers_of_a_killed_process_go(name, complete, tmp_path):
+    """Also beside an entry that is whole: the process died as it removed what it had replaced."""
+    if complete:
+        Cache(tmp_path).entry("kind", "key", counting([]))
+    (tmp_path / "kind" / name / "entry").mkdir(parents=True)
+    (tmp_path / "kind" / ".key2.old-x").mkdir()
     Cache(tmp_path).entry("kind", "key", counting([]))
-    assert {p.name for p in (tmp_path / "kind").iterdir()} == {"key", ".key.lock"}
+    assert {p.name for p in (tmp_path / "kind").iterdir()} == {"key", ".key.lock", ".key2.old-x"}
+
+
+def replaces_slowly(entry):
+    old = entry.parent / ".key.old-alive"
+    old.mkdir()
+    time.sleep(0.5)
+    assert old.is_dir()
+    old.rmdir()
+
+
+def test_folders_of_a_living_process_stay(tmp_path):
+    """It holds the entry's lock: whoever wants the entry waits for it."""
+    alive = multiprocessing.get_context("fork").Process(
+        target=Cache(tmp_path).entry, args=("kind", "key", replaces_slowly)
+    )
+    alive.start()
+    while not (tmp_path / "kind" / ".key.old-alive").exists():
+        time.sleep(0.01)
+    Cache(tmp_path).entry("kind", "key", counting([]))
+    alive.join()
+    assert alive.exitcode == 0
 
 
 def test_two_processes_make_it_once(tmp_path):

@@ -95,11 +95,11 @@ def test_a_bfloat16_pool_halves_what_travels_native_and_nothing_else() -> None:
     assert from_bfloat16(quantised).payload_bytes(10) == quantised.payload_bytes(10)
 
 
-def quality(dense: list[float], pd: list[float]) -> Quality:
+def quality(dense: list[float], pd: list[float], documents: tuple[int, ...] = ()) -> Quality:
     text = EvaluationSection(corpus="brown")
     scores = {name: Score(ppl=1.0, nll=0.0, nll_per_sequence=nll) for name, nll in (("dense", dense), ("pd", pd))}
     shared = {"plan_digest": "d", "corpus_sha256": "c", "tokens": 9, "dtype": "float32", "environment": {}}
-    return Quality(text=text, ratio=1.1, **scores, **shared)
+    return Quality(text=text, ratio=1.1, documents=documents, **scores, **shared)
 
 
 def test_the_error_of_perplexity_is_paired() -> None:
@@ -107,6 +107,13 @@ def test_the_error_of_perplexity_is_paired() -> None:
     seen = QualityFigures.of(quality([1.0, 5.0, 9.0], [1.1, 5.12, 9.08]))
     assert seen.stderr == pytest.approx(1.1 * 0.02 / 3**0.5)
     assert QualityFigures.of(quality([1.0], [1.1])).stderr is None
+
+
+def test_windows_of_one_document_are_no_independent_ones() -> None:
+    """The same two rises again, of the same two documents, are no more evidence; of one document, there is none."""
+    twice = QualityFigures.of(quality([1.0, 5.0, 2.0, 6.0], [1.1, 5.12, 2.1, 6.12], (0, 1, 0, 1))).stderr
+    assert twice == pytest.approx(QualityFigures.of(quality([1.0, 5.0], [1.1, 5.12])).stderr)
+    assert QualityFigures.of(quality([1.0, 5.0], [1.1, 5.12], (0, 0))).stderr is None
 
 
 def test_tables_fit_a_terminal() -> None:

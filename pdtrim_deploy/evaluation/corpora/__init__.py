@@ -3,7 +3,7 @@
 from pdtrim_deploy.evaluation.corpora.base import SPLITS, Corpus, Document, Split
 from pdtrim_deploy.evaluation.corpora.mixture import mixed
 from pdtrim_deploy.evaluation.corpora.registry import CORPORA, OF_FILES, load
-from pdtrim_deploy.evaluation.corpora.sampling import prompts, sequences
+from pdtrim_deploy.evaluation.corpora.sampling import prompts, sequences, windows
 
 __all__ = [
     "CORPORA",
@@ -16,4 +16,5 @@ __all__ = [
     "mixed",
     "prompts",
     "sequences",
+    "windows",
 ]

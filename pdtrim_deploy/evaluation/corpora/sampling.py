@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,8 +15,25 @@ from pdtrim_deploy.evaluation.corpora.base import Document
 from pdtrim_deploy.evaluation.corpora.rendering import beginning, opened, token_ids
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Token windows, int64 `[count, length]`; those of equal `documents`, numbers from 0, are of one document.
+
+    They are not independent of each other. A window of several documents counts to its last, which alone may go on in
+    others; documents of one group are one.
+    """
+
+    ids: torch.Tensor
+    documents: tuple[int, ...]
+
+
 def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Deterministic windows of contiguous tokens, each inside one document, none overlapping: int64 [count, length].
+    """The ids of `windows`: int64 `[count, length]`."""
+    return windows(documents, tokenizer, count, length, seed).ids
+
+
+def windows(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> Windows:
+    """Deterministic windows of contiguous tokens, each inside one document, none overlapping.
 
     Every document gives one window before any gives a second. Where the tokenizer starts a text with its BOS token,
     so does every window (it counts in `length`). Where documents stand for requests (`served`), a window begins where
@@ -26,28 +45,18 @@ def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length:
     rng = random.Random(seed)
     order = list(documents)
     rng.shuffle(order)
-    rows: list[list[int]] = []
-    if order and order[0].served:
-        for ids in _packed(order, tokenizer, length - len(bos)):
-            rows.append(bos + ids)
-            if len(rows) == count:
-                break
-        order = []
-    waiting: list[Iterator[list[int]]] = [_windows(d, tokenizer, length - len(bos), rng.random()) for d in order]
-    while waiting and len(rows) < count:
-        still = []
-        for windows in waiting:
-            window = next(windows, None)
-            if window is not None and len(rows) < count:
-                rows.append(bos + window)
-                still.append(windows)
-        waiting = still
+    packed = bool(order) and order[0].served
+    drawn = _packed(order, tokenizer, length - len(bos)) if packed else _taken(order, tokenizer, length - len(bos), rng)
+    rows, numbers, texts = list[list[int]](), list[int](), dict[str, int]()
+    for document, ids in islice(drawn, count):
+        rows.append(bos + ids)
+        numbers.append(texts.setdefault(document.group or document.id, len(texts)))
     if len(rows) < count:
         raise UserError(
             f"{len(documents)} documents give {len(rows)} sequences of {length} tokens, not {count}; "
             "ask for fewer or shorter ones or give more text"
         )
-    return torch.tensor(rows, dtype=torch.int64)
+    return Windows(torch.tensor(rows, dtype=torch.int64), tuple(numbers))
 
 
 def prompts(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -81,6 +90,21 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def _taken(
+    documents: Sequence[Document], tokenizer: Any, length: int, draw: random.Random
+) -> Iterator[tuple[Document, list[int]]]:
+    """One window of each document in turn."""
+    waiting = [(d, _windows(d, tokenizer, length, draw.random())) for d in documents]
+    while waiting:
+        still = []
+        for document, rest in waiting:
+            window = next(rest, None)
+            if window is not None:
+                still.append((document, rest))
+                yield document, window
+        waiting = still
+
+
 def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> Iterator[list[int]]:
     """The document's windows end to end, from a start that spends the remainder before and behind them."""
     ids = token_ids(document, tokenizer)
@@ -89,21 +113,23 @@ def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> I
         yield ids[start : start + length]
 
 
-def _packed(documents: Sequence[Document], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    """Windows filled with documents one behind the other; the last one's rest is left out, but for long documents.
+def _packed(documents: Sequence[Document], tokenizer: Any, length: int) -> Iterator[tuple[Document, list[int]]]:
+    """Windows filled with documents one behind the other, and the last of each.
+
+    That one's rest is left out, but for long documents.
 
     What long documents have left makes windows of its own once all have had a first one: one of each in turn.
     """
-    end, window, rests = _end(tokenizer), list[int](), list[list[int]]()
+    end, window, rests = _end(tokenizer), list[int](), list[tuple[Document, list[int]]]()
     for document in documents:
         ids = token_ids(document, tokenizer) + ([] if document.messages else end)
         taken = length - len(window)
         window += ids[:taken]
         if len(window) == length:
-            yield window
+            yield document, window
             window = []
-            rests.append(ids[taken:])
-    for start in range(0, max(map(len, rests), default=0), length):
-        for rest in rests:
+            rests.append((document, ids[taken:]))
+    for start in range(0, max((len(rest) for _, rest in rests), default=0), length):
+        for document, rest in rests:
             if start + length <= len(rest):
-                yield rest[start : start + length]
+                yield document, rest[start : start + length]

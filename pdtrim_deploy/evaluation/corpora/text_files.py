@@ -22,7 +22,7 @@ class TextDirectory:
         root = expanded(place)
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give dir: a folder of .txt files")
-        files = sorted(root.rglob("*.txt"))
+        files = sorted(path for path in root.rglob("*.txt") if not path.is_dir())
         texts, first = {f.relative_to(root).as_posix(): _read(f) for f in files}, dict[str, str]()
         documents = tuple(Document(n, text, group=first.setdefault(text, n)) for n, text in texts.items() if text)
         if not documents:

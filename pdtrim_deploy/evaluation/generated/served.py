@@ -62,7 +62,10 @@ class ServedTask(BaseModel):
 
 
 class ServedReport(BaseModel):
-    """Of one command; `plan_digest` is that of the bundle that the pair serves, where it was named."""
+    """Of one command; `plan_digest` is that of the bundle that the pair serves, where it was named.
+
+    That bundle's calibration text has some questions of the tasks in `calibrated_on`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,6 +74,7 @@ class ServedReport(BaseModel):
     plan_digest: str | None
     concurrency: int
     tasks: tuple[ServedTask, ...]
+    calibrated_on: tuple[str, ...] = ()
     environment: dict[str, Any]
 
 

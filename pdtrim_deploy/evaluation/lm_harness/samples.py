@@ -77,5 +77,5 @@ def joined(name: str, by_task: dict[str, Measured]) -> Measured:
 def _value(metric: str, value: Any) -> float | None:
     if metric in _LIKELIHOODS:
         total, units = value if isinstance(value, list) else (value, 1)
-        return -float(total) / float(units)
+        return -float(total) / float(units) if units else 0.0  # an empty text has no bytes, and weighs nothing
     return float(value) if isinstance(value, int | float) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import windows
 from pdtrim_deploy.evaluation.tasks.base import Part, Setting, Task, Values
 from pdtrim_deploy.evaluation.tasks.judge import Judgement, greedy
 
@@ -25,9 +25,11 @@ def read(continuations: Tensor, lengths: Tensor, judgement: Judgement) -> Values
 def prepare(setting: Setting, prompt: int = PROMPT, tokens: int = TOKENS) -> Task:
     """`setting.size` prompts (16), each with `tokens` greedy tokens of `setting.dense`."""
     count = setting.size or 16
-    prompts = sequences(setting.documents, setting.tokenizer, count, prompt, setting.seed)
+    texts = windows(setting.documents, setting.tokenizer, count, prompt, setting.seed)
+    prompts = texts.ids
     generated: list[list[int]] = []
     for part in prompts.split(BATCH):
         generated += greedy(setting.dense, part, tokens).tolist()
         setting.note(f"agreement: dense text of {len(generated)}/{count} prompts")
-    return Task("agreement", (Part.of(prompts, [[row] for row in generated], [str(prompt)] * count),), read)
+    part = Part.of(prompts, [[row] for row in generated], [str(prompt)] * count)
+    return Task("agreement", (part,), read, documents=texts.documents)

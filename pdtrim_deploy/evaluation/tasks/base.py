@@ -69,13 +69,15 @@ class Task:
     """Prepared items, and how a judgement of some becomes values.
 
     `read(continuations, lengths, judgement)` gets one batch of a part: int64 `[batch, C, T]`, `[batch, C]`.
-    `repeated`: every part judges the first one's texts again, in the same order.
+    `repeated`: every part judges the first one's texts again, in the same order. `documents` numbers what the items of
+    each part were taken from, as `Windows` does; left out, every text is its own.
     """
 
     name: str
     parts: tuple[Part, ...]
     read: Callable[[Tensor, Tensor, Judgement], Values]
     repeated: bool = False
+    documents: tuple[int, ...] = ()
 
     def measure(self, oracles: Sequence[PDOracle], note: Log = lambda _: None, *, kv_bytes: int = 0) -> list[Measured]:
         """Judge plans that share their prefill: one prefill per batch of prompts, then each oracle's decode.
@@ -112,8 +114,13 @@ class Task:
                 done += len(group[0])
                 note(f"{self.name}: {done}/{total} items, {len(oracles)} plans")
         groups = tuple(group for part in self.parts for group in part.groups)
-        subjects = tuple(n for part in self.parts for n in range(len(part.groups))) if self.repeated else ()
-        return [Measured(self.name, groups, self._joined(values), subjects) for values in by_oracle]
+        return [Measured(self.name, groups, self._joined(values), self._subjects) for values in by_oracle]
+
+    @property
+    def _subjects(self) -> tuple[int, ...]:
+        if self.documents:
+            return self.documents * len(self.parts)
+        return tuple(n for part in self.parts for n in range(len(part.groups))) if self.repeated else ()
 
     def _joined(self, batches: list[Values]) -> dict[str, tuple[float, ...]]:
         joined = {measure: torch.cat([values[measure] for values in batches]) for measure in batches[0]}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.corpora.sampling import beginning, sequences
+from pdtrim_deploy.evaluation.corpora.sampling import beginning, windows
 from pdtrim_deploy.evaluation.tasks.base import Part, Setting, Task, Values
 from pdtrim_deploy.evaluation.tasks.choice import continuation
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
@@ -39,10 +39,10 @@ def prepare(setting: Setting, prompt: int = PROMPT, depths: int = DEPTHS, codes:
     """
     tokenizer, repeats, rng = setting.tokenizer, setting.size or SIZE, random.Random(setting.seed)
     count = repeats * depths
-    texts = sequences(setting.documents, tokenizer, count, prompt, setting.seed).tolist()
+    texts = windows(setting.documents, tokenizer, count, prompt, setting.seed)
     prompts, answers, groups = [], [], []
     skip, bos = len(continuation(tokenizer, "vault", "is")), beginning(tokenizer)
-    for number, text in enumerate(texts):
+    for number, text in enumerate(texts.ids.tolist()):
         depth = (number % depths) / max(1, depths - 1)
         city = rng.choice(CITIES)
         numbers = [f"{n:0{DIGITS}}" for n in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), codes)]
@@ -68,7 +68,7 @@ def prepare(setting: Setting, prompt: int = PROMPT, depths: int = DEPTHS, codes:
             "code_nll": -score[:, 0] / code[:, 0].sum(-1),
         }
 
-    return Task("needle", (part,), read)
+    return Task("needle", (part,), read, documents=texts.documents)
 
 
 def _hidden(tokenizer: Any, text: list[int], needle: str, about: str, city: str, depth: float) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.evaluation.corpora.sampling import beginning, sequences
+from pdtrim_deploy.evaluation.corpora.sampling import beginning, windows
 from pdtrim_deploy.evaluation.tasks.base import Part, Setting, Task, Values
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
 
@@ -26,11 +26,12 @@ def read(continuations: Tensor, lengths: Tensor, judgement: Judgement) -> Values
 def prepare(setting: Setting, lengths: tuple[int, ...] = LENGTHS, tokens: int = TOKENS) -> Task:
     """`setting.size` sequences (16) at each of `lengths`."""
     count, longest = setting.size or 16, max(lengths)
-    rows = sequences(setting.documents, setting.tokenizer, count, longest + tokens, setting.seed)
+    texts = windows(setting.documents, setting.tokenizer, count, longest + tokens, setting.seed)
+    rows = texts.ids
     ends, bos = rows[:, longest:], len(beginning(setting.tokenizer))
     prompts = [torch.cat((rows[:, :bos], rows[:, longest - length + bos : longest]), 1) for length in lengths]
     parts = [
         Part.of(prompt, [[row] for row in ends.tolist()], [str(length)] * count)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return Task("perplexity", tuple(parts), read, repeated=True)
+    return Task("perplexity", tuple(parts), read, repeated=True, documents=texts.documents)

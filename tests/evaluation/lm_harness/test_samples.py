@@ -49,6 +49,11 @@ def test_a_text_weighs_as_many_words_as_it_has() -> None:
     assert group.mean("nll_word") == 39 / 14
 
 
+def test_an_empty_text_weighs_nothing() -> None:
+    result = measured("t", [sample(0, byte_perplexity=[-12.0, 4]), sample(1, byte_perplexity=[0.0, 0])])
+    assert (result.values, result.mean("nll_byte")) == ({"nll_byte": (3.0, 0.0)}, 3.0)
+
+
 def test_the_direction_of_a_metric_is_kept_where_all_tasks_of_a_group_have_it() -> None:
     rows = [sample(0, "a", ter=1.0, perplexity=-1.0), sample(0, "b", ter=0.0)]
     result = measured("t", rows, {"ter": False, "perplexity": False, "f1": None})
