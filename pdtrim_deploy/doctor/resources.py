@@ -73,10 +73,12 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU, judged_in
     kept = sum(cost.disk for name, cost in costs.items() if name not in _WHILE_IT_RUNS)
     passing = costs["source"].disk + max(cost.disk for name, cost in costs.items() if name in _WHILE_IT_RUNS)
     judged_in = judged_in or recipe.model.compute_dtype or compute_dtype(recipe.model.dtype)
+    worker = worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype)
+    bodies = 1 if recipe.healing.kv_only_tail else 0  # a prefill with a tail has two sets of weights
     return Needs(
         build=highest(costs).host,
-        judge=PROGRAM + 2 * sizes.total * ITEM_BYTES[judged_in],  # both stages, or the dense model
-        serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype).total(),
+        judge=PROGRAM + (2 + bodies) * sizes.total * ITEM_BYTES[judged_in],  # both stages, or the dense model
+        serve=2 * worker.total() + bodies * worker.weights,
         device=highest(costs).device,
         disk=max(kept, passing),
         steps=costs,

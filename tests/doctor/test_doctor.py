@@ -114,6 +114,16 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
         require("build", CheckContext(small, tmp_path / "not" / "yet"))
 
 
+def test_a_tail_costs_prefill_the_weights_once_more() -> None:
+    plain = Recipe.load(ROOT / "recipes" / "llama-3.1-8b-balanced.yaml").changed("test", "healing", kv_only_blocks=8)
+    needs, tailed = (resources.needs(r) for r in (plain, plain.changed("test", "healing", kv_only_tail=128)))
+    assert needs is not None
+    assert tailed is not None
+    assert tailed.serve - needs.serve == pytest.approx(2 * 8.03e9, rel=0.01)
+    assert tailed.judge - needs.judge == pytest.approx((needs.judge - PROGRAM) / 2)
+    assert tailed.disk - needs.disk == pytest.approx(2 * 8.03e9, rel=0.01)
+
+
 def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     def step_gb(step: str, pruning: str = ", blocks_in_memory: 2", more: str = "") -> float:
         (tmp_path / "r.yaml").write_text(
