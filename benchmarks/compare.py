@@ -14,24 +14,21 @@ Which blocks go makes no difference to speed: they are chosen by cosine, and not
 from __future__ import annotations
 
 import argparse
-import os
-import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
 from __built import built
+from __interleaved import in_turns, ratio, row_of
 from __results import write
 from safetensors import safe_open
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.loadtest import Scenario, Workers, driver
-from pdtrim_deploy.loadtest.rounds import FIGURES, LEAST_ROUNDS, Ratio, Rounds, Side, interleave, repeats
+from pdtrim_deploy.loadtest import Scenario
+from pdtrim_deploy.loadtest.rounds import LEAST_ROUNDS, Rounds
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-compare"
@@ -139,29 +136,12 @@ def measured(
     bundles: dict[str, Bundle], load: Scenario, options: argparse.Namespace, link: Link | None
 ) -> tuple[Rounds, float]:
     """All rounds on all these pairs, and the load average before them."""
-    with ExitStack() as stack:
-        sides = {}
-        for name, bundle in bundles.items():
-            starting = cluster_of(
-                bundle, options=WorkerOptions.beside_others(served_model_name=bundle.path.resolve().name), say=print
-            )
-            cluster = stack.enter_context(throttled(starting, link) if link else starting)
-            sides[name] = Side(cluster.url, Workers.of(cluster))
-        time.sleep(60)  # of the start, a third is left in the load average over a minute
-        busy = round(os.getloadavg()[0], 1)
-        rounds = interleave(sides, repeats(load, options.rounds), driver("builtin"), "builtin", print)
-    if failed := {name: result.failure_details for name, result in rounds.total.items() if result.failed}:
-        raise SystemExit(f"requests failed: {failed}")
-    return rounds, busy
+    return in_turns(bundles, {"": load}, options.rounds, link)[""]
 
 
 def row(part: str, name: str, figure: str, predicted: float | None, rounds: Rounds, busy: float) -> dict[str, Any]:
     """A pair's figure over dense's."""
-    read = FIGURES[figure]
-    pairs = zip(rounds.by_round[DENSE], rounds.by_round[name], strict=True)
-    each = [(read(pruned) or 0) / (read(dense) or 1) for dense, pruned in pairs]
-    ratio = Ratio.of(figure, each if len(each) > 1 else each * 2)  # one round: a trial, without an interval
-    return {"part": part, "pair": name, "predicted": predicted, "load_average": busy} | ratio.model_dump()
+    return row_of(ratio(figure, name, DENSE, rounds), busy, part=part, pair=name, predicted=predicted)
 
 
 def _matrices(folder: Path) -> tuple[int, int]:

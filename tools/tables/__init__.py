@@ -85,6 +85,7 @@ TABLES = {
     "kvdistilbrown": Table(("kvdistilbrown",), kvdistil_brown.kvdistilbrown),
     "kvdistilchoice": Table(("kvdistil",), kvdistil.kvdistilchoice, optional=True),
     "tail": Table(("tail",), tail.tail, optional=True),
+    "ttft": Table(("ttft",), tail.ttft, optional=True),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),
     "quality": Table(("quality",), quality.quality),
     "served": Table(("served",), serving.served),

@@ -7,7 +7,7 @@ from math import exp, sqrt
 from statistics import fmean
 from typing import Any
 
-from tables.base import commits, paired, precision, rise, table, where
+from tables.base import commits, paired, precision, ratio, rise, table, where
 
 CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
 Rows = dict[Any, dict[str, Any]]
@@ -29,6 +29,30 @@ def tail(data: dict[str, Any] | None) -> str:
     )
     used = commits(row["commit"] for row in data["rows"])
     return table(head, lines) + where(data["environment"], text, used, model="")
+
+
+def ttft(data: dict[str, Any] | None) -> str:
+    """TTFT of served pairs over dense's, beside the work of prefill's blocks."""
+    if data is None:
+        return "Not measured yet: `make bench-ttft` writes it."
+    options = data["options"]
+    rows = [
+        (
+            f"{row['prompt']:,}",
+            f"{options['blocks']} KV-only blocks, {row['pair']}",
+            f"{row['predicted']:.2f}",
+            ratio(row, "ratio", "low", "high"),
+            f"{row['dense_ms']:.0f}",
+            row["load_average"],
+        )
+        for row in data["rows"]
+    ]
+    head = ("prompt tokens", "prefill", "prefill's work", "TTFT over dense (95% interval)", "dense, ms", "load average")
+    text = (
+        f"float32, one request at a time, {options['rounds']} interleaved rounds of {options['requests']} requests a "
+        "pair, all pairs up at once; prefill's work: of the blocks' of the unpruned model, by arithmetic"
+    )
+    return table(head, rows) + where(data["environment"], text)
 
 
 def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, int, Rows, Rows]]:
