@@ -145,6 +145,7 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
         chosen |= {
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": str(threads),
+            "OPENBLAS_NUM_THREADS": "1",  # numpy would start its threads when it is imported: then nothing may fork
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }

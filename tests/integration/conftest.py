@@ -34,8 +34,8 @@ STOP_S = 0.3
 # Groups from the longest to the shortest: xdist hands them out in this order, so that the last ones are short and no
 # process waits long for the other's. Those that share a pair come first: it ends before others start their own.
 LONGEST_FIRST = (
-    "smollm2", "tiny bundle", "test_demo", "test_key_offsets", "test_clients", "test_refusals", "test_engines",
-    "test_families", "test_triton_attention",
+    "smollm2", "tiny bundle", "test_families", "test_fp8", "test_demo", "test_dp_attention", "test_conversations",
+    "test_key_offsets", "test_clients", "test_refusals", "test_engines", "test_speculation", "test_triton_attention",
 )  # fmt: skip
 
 

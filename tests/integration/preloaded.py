@@ -18,6 +18,8 @@ import sys
 import tempfile
 from typing import Any
 
+from waiting import wait_asleep
+
 PR_SET_PDEATHSIG = 1
 MODULE = "sglang.launch_server"
 
@@ -88,6 +90,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     tempfile.tempdir = None  # of the new environment
+    wait_asleep(groups="--enable-dp-attention" in request["arguments"])
     if "--lora-paths" in request["arguments"]:
         from unpinned import leave_pinning_out
 

@@ -15,13 +15,16 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short_pair(serving, request):
-    """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer."""
+    """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer.
+
+    The parameter has decode's arguments. Tests of the same ones share a pair, and leave it without a request.
+    """
     options = {"max_total_tokens": 2048, "split_pool": SplitPool(isl=400, osl=16), "dtype": "float32", "sparse": True}
     arguments = ("--num-reserved-decode-tokens", "4", "--enable-priority-scheduling")
     arguments += ("--load-snapshot-publish-interval", "1")  # of steps: for `wait_until`
-    options |= {"extra_args": arguments, "decode_args": getattr(request, "param", ())}
+    options |= {"extra_args": arguments, "decode_args": request.param}
     bundle = request.getfixturevalue("untailed_bundle" if options["decode_args"] else "tiny_bundle")
     with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
         yield pair
@@ -33,22 +36,6 @@ def answer(pair, prompt, priority=0, tokens=120):
     reply = httpx.post(f"{pair.url}/generate", json=body, timeout=300)
     assert reply.status_code == 200, reply.text
     return reply.json()["output_ids"]
-
-
-@pytest.mark.parametrize(
-    "short_pair", [(), ("--disaggregation-decode-enable-radix-cache",)], ids=["", "decode's radix cache"], indirect=True
-)
-def test_answers_are_those_of_requests_that_had_room(short_pair):
-    prompts = [list(range(start, start + length)) for start, length in ((100, 40), (300, 77), (500, 9), (700, 120))]
-    alone = [answer(short_pair, prompt) for prompt in prompts]
-    log = short_pair.workers[1].log
-    before = log.read_text()
-    assert "Retract requests" not in before
-    # Decode is slowed down, so that all are there at once, on a busy machine too.
-    with slowed(scheduler(short_pair.workers[1].pid), 5), ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(lambda prompt, priority: answer(short_pair, prompt, priority), prompts, (1, 3, 0, 2)))
-    assert "Retract requests" in log.read_text()[len(before) :]
-    assert together == alone
 
 
 def wait_until(pair, **counts):
@@ -63,6 +50,7 @@ def wait_until(pair, **counts):
         time.sleep(0.005)
 
 
+@pytest.mark.parametrize("short_pair", [()], indirect=True, ids=[""])
 @pytest.mark.parametrize("priorities", [(0, 5), (5, 0)], ids=["the later is urgent", "the earlier is urgent"])
 def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
     """A request has nearly all of decode's tokens; two that need more than the rest wait, and only one fits then.
@@ -85,3 +73,20 @@ def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
             wait_until(short_pair, running=1, waiting=2)
     assert [run.result() for run in runs] == [None] * 3
     assert ended == ["blocks", *sorted((0, 1), key=lambda place: -priorities[place])]
+
+
+@pytest.mark.parametrize(
+    "short_pair", [(), ("--disaggregation-decode-enable-radix-cache",)], ids=["", "decode's radix cache"], indirect=True
+)
+def test_answers_are_those_of_requests_that_had_room(short_pair):
+    prompts = [list(range(start, start + length)) for start, length in ((100, 40), (300, 77), (500, 9), (700, 120))]
+    log = short_pair.workers[1].log
+    started = len(log.read_text())
+    alone = [answer(short_pair, prompt) for prompt in prompts]
+    before = log.read_text()
+    assert "Retract requests" not in before[started:]
+    # Decode is slowed down, so that all are there at once, on a busy machine too.
+    with slowed(scheduler(short_pair.workers[1].pid), 5), ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt, priority: answer(short_pair, prompt, priority), prompts, (1, 3, 0, 2)))
+    assert "Retract requests" in log.read_text()[len(before) :]
+    assert together == alone

@@ -227,6 +227,7 @@ def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
     assert env["TMPDIR"] == str(tmp_path)
     fixed = replace(worker, options=replace(worker.options, threads=5))
     assert commands.worker_environment(PYTHON, fixed, 3, tmp_path)["OMP_NUM_THREADS"] == "5"
+    assert env["OPENBLAS_NUM_THREADS"] == "1"
 
 
 def test_a_port_of_roots_is_not_said_to_be_taken(monkeypatch):

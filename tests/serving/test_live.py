@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from pdtrim_deploy.serving import ServeEnvironment
+from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, commands
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -23,3 +23,13 @@ if sgl_kernel.__version__.endswith("stub"):
         raise SystemExit("the stub computed something")
 """
     subprocess.run([ServeEnvironment.find().python, "-c", program], check=True, timeout=120)
+
+
+def test_imports_of_a_worker_of_two_openmp_threads_start_no_thread(tmp_path):
+    """A worker's launcher forks its processes while it has one thread (`pdtrim_sglang/patches/processes.py`)."""
+    worker = ClusterSpec.on_loopback(tmp_path, tmp_path, options=WorkerOptions(device="cpu", threads=2)).workers[0]
+    python = ServeEnvironment.find().python
+    program = 'import os, numpy, torch; print(torch.get_num_threads(), len(os.listdir("/proc/self/task")))'
+    environment = commands.worker_environment(python, worker, 2, tmp_path)
+    run = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["2", "1"]
