@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ class Context:
     note: Note
     workers: Workers | None = None
     compute: Compute = ON_CPU
+    _texts: dict[tuple[int, int, int], tuple[Any, int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shape(self) -> ModelShape:
@@ -118,10 +119,19 @@ class Context:
     def drawn(self, sequences: int, length: int, prompt_tokens: int | None = None) -> tuple[Any, int]:
         """What `calibration` takes from the corpora, and how many tokens the model adds to each sequence.
 
+        Drawn once: several steps read the same text, and splitting it into tokens takes seconds.
+
         Raises:
             UserError: the corpora have not so many sequences of that length.
 
         """
+        key = (sequences, length, length // 2 if prompt_tokens is None else prompt_tokens)
+        if key not in self._texts:
+            self._texts[key] = self._draw(*key)
+        ids, missing = self._texts[key]
+        return ids.clone(), missing
+
+    def _draw(self, sequences: int, length: int, prompt: int) -> tuple[Any, int]:
         from pdtrim_deploy.evaluation import corpora
         from pdtrim_deploy.models.loading import load_tokenizer
 
@@ -130,7 +140,6 @@ class Context:
             (self._documents(corpora.load(part.corpus, self.cache, self.note).split("calibration")), part.share)
             for part in section.shares
         ]
-        prompt = length // 2 if prompt_tokens is None else prompt_tokens
         if section.continuations == "text" or prompt >= length:
             return corpora.mixed(parts, tokenizer, sequences, length, section.seed), 0
         prompts = corpora.mixed(parts, tokenizer, sequences, prompt, section.seed, draw=corpora.prompts)
