@@ -16,8 +16,8 @@ from pdtrim_sglang.requirements.prompt_tail import check_two_models
 from pdtrim_sglang.sublayers import cut_sublayers
 
 UPDATES = (
-    "pdtrim: new weights would reach one of the two models of prompts, and what both share: build a bundle of them, and "
-    "start prefill with it"
+    "pdtrim: new weights would reach one of the two models of prompts, and what both share: build a bundle of them, "
+    "and start prefill with it"
 )
 logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 

@@ -204,11 +204,11 @@ def test_a_bundle_without_the_folder_is_one_sentence(capsys: pytest.CaptureFixtu
     assert (code, f"prefill/{BODY}/model.safetensors " in out) == (1, True)
 
 
-@pytest.mark.parametrize("command", ["eval", "fidelity"])
+@pytest.mark.parametrize("command", ["eval", "fidelity", "deploy render"])
 def test_commands_end_with_that_sentence(capsys: pytest.CaptureFixture[str], copied: Bundle, command: str) -> None:
     shutil.rmtree(body_of(copied))
-    more = ("http://127.0.0.1:1",) if command == "fidelity" else ()
-    code, _, err = run(capsys, command, copied.path, *more)
+    more = {"fidelity": ("http://127.0.0.1:1",), "deploy render": ("--dry-run",)}.get(command, ())
+    code, _, err = run(capsys, *command.split(), copied.path, *more)
     assert code == 2
     assert f"{BODY}: missing, and with it the weights for all but the last {TAIL}" in err.splitlines()[-1]
 
