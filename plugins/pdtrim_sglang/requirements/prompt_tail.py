@@ -27,8 +27,8 @@ def check_two_models(server_args: Any, plan: PDPlan) -> None:
         "--model-checksum": server_args.model_checksum is not None,
         f"--load-format {server_args.load_format}": server_args.load_format in REMOTE,
     }
-    for option, given in refused.items():
-        if given:
+    for option, used in refused.items():
+        if used:
             raise RuntimeError(
                 f"pdtrim: {_what(plan)}, whose weights are loaded beside the first model's, and SGLang has this option "
                 f"for those of one model: start prefill without {option}"
