@@ -121,7 +121,10 @@ class Bundle:
             raise UserError(f"{path}: not a complete bundle; finish it with: pdtrim-deploy build RECIPE --out {path}")
         plan, recipe = PDPlan.load(path / PLAN), Recipe.load(path / RECIPE)
         digests = {MANIFEST: manifest.plan_digest}
-        digests |= {f"{folder}/config.json": _plan_digest_in(path / folder) for folder in plan.checkpoints}
+        folders = [*plan.checkpoints]
+        if plan.kv_only_tail and (path / (body := f"{plan.folder('prefill')}/{BODY}")).is_dir():  # else `check_body`
+            folders.append(body)
+        digests |= {f"{folder}/config.json": _plan_digest_in(path / folder) for folder in folders}
         for name, digest in digests.items():
             if digest != plan.digest:
                 raise UserError(

@@ -113,6 +113,7 @@ def render(
     from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes, yaml_text
     from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE
+    from pdtrim_deploy.models.body import check_body
     from pdtrim_deploy.serving.linear_attention import require_linear_attention
     from pdtrim_deploy.serving.ranks import attention_groups, require_ranks
 
@@ -127,6 +128,7 @@ def render(
             f"{bundle} is one model for both stages: run {opened.prefill_dir} as any model in SGLang; manifests are "
             "rendered for pairs"
         )
+    check_body(opened.prefill_dir, opened.plan)
     require_linear_attention(opened.plan.model, opened.plan.model.kv_dtype)
     groups = attention_groups(prefill_args), attention_groups(decode_args)
     require_ranks(opened.plan, tp_prefill, tp_decode, groups=groups)

@@ -87,6 +87,8 @@ class PDOracle:
                 raise ValueError(f"the {stage} model has {layers} layers, the plan {len(planned)}")
             models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage))
         tail = tail_model(prefill_model, plan)
+        if tail is not None:
+            tail = skip_sublayers(tail, plan.layers("prefill"), plan.missing("prefill"))
         self._tail = None if tail is None else Blockwise(tail)
         self.prefill_model, self.decode_model = models["prefill"], models["decode"]
         self._prefill, self.decode = Blockwise(self.prefill_model), Blockwise(self.decode_model)

@@ -13,6 +13,7 @@ from pdtrim_deploy.pipeline.chosen import EXPERTS
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.journal import Journal, chained_key
 from pdtrim_deploy.plan import STAGES, UNIFIED, Stage
+from pdtrim_deploy.plan.blocks import BODY
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.recipe.pruning_methods import EVALUATED, SEARCH_VERSION
@@ -78,7 +79,10 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         *(
             [_stage_step("prefill", kv, "select-kv", UNIFIED)]
             if recipe.stages == "unified"
-            else [_stage_step("prefill", kv, "select-kv"), _stage_step("decode", decode, before_decode)]
+            else [
+                _stage_step("prefill", chained_key(kv, BODY) if recipe.healing.kv_only_tail else kv, "select-kv"),
+                _stage_step("decode", decode, before_decode),
+            ]
         ),
         *(
             _engine_step(

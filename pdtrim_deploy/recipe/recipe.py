@@ -156,11 +156,11 @@ class Recipe(Section):
                 f"healing.kv_only_tail is {self.healing.kv_only_tail} but targets asks for engines, which run a layer "
                 "for all tokens alike; allowed with targets: 0"
             )
-        mended = self.healing.compensation != "none" or self.healing.prefill_steps
+        mended = self.healing.compensation != "none" or self.healing.prefill_steps or self.pruning.distil
         if self.healing.kv_only_tail and self.pruning.prefill_loses and mended:
             raise ValueError(
                 f"healing.kv_only_tail is {self.healing.kv_only_tail} and prefill loses blocks or parts of them, for "
-                "which healing makes up, but not in the tail, whose weights are the model's own; allowed: "
+                "which healing or students make up, but not in the tail, whose weights are the model's own; allowed: "
                 "pruning.prefill_blocks 0, or healing.kv_only_tail 0"
             )
         return self

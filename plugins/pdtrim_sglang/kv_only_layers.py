@@ -12,7 +12,13 @@ from pdtrim_sglang.kv_only import keep_only_kv
 from pdtrim_sglang.plan_source import read_plan
 from pdtrim_sglang.prompt_tail.body import load_body, share_equal
 from pdtrim_sglang.prompt_tail.tails import PromptTails
+from pdtrim_sglang.requirements.prompt_tail import check_two_models
+from pdtrim_sglang.sublayers import cut_sublayers
 
+UPDATES = (
+    "pdtrim: new weights would reach one of the two models of prompts, and what both share: build a bundle of them, "
+    "and start prefill with it"
+)
 logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 
 
@@ -24,7 +30,8 @@ def cut_kv_only_layers(runner: Any) -> None:
 
     Raises:
         UserError: the body's checkpoint is not there.
-        RuntimeError: the weights come later, and would find their places gone.
+        RuntimeError: the weights come later, and would find their places gone; or an option of SGLang's moves or loads
+            one model's weights alone.
 
     """
     args = runner.server_args
@@ -42,9 +49,12 @@ def cut_kv_only_layers(runner: Any) -> None:
     if not plan.kv_only_tail:
         _cut(layers, plan, runner)
         return
+    check_two_models(args, plan)
     check_body(Path(runner.model_config.model_path), plan)
     body = load_body(runner)
     shared = share_equal(body, runner.model)
+    runner.model._derived_weight_cache_error = UPDATES  # which SGLang answers to whoever sends new weights
+    cut_sublayers(runner, body)
     _cut(body.model.layers, plan, runner)
     runner.pdtrim_tails = PromptTails(plan.kv_only_tail, body.model)
     logger.info(

@@ -36,14 +36,18 @@ def stage_plan(runner: Any) -> tuple[PDPlan, Stage] | None:
     return plan, "decode" if mode == "decode" else "prefill"
 
 
-def cut_sublayers(runner: Any) -> None:
+def cut_sublayers(runner: Any, model: Any = None) -> None:
     """Cut the model that SGLang's ModelRunner has just loaded, where its plan leaves sublayers out.
+
+    Args:
+        model: another than the runner's own, of the same stage and plan.
 
     Raises:
         RuntimeError: the weights come later, and would find their places gone.
 
     """
-    layers = getattr(getattr(runner.model, "model", None), "layers", ())  # an engine has none
+    model = runner.model if model is None else model
+    layers = getattr(getattr(model, "model", None), "layers", ())  # an engine has none
     if not layers or (known := stage_plan(runner)) is None:
         return
     plan, stage = known
@@ -57,7 +61,7 @@ def cut_sublayers(runner: Any) -> None:
         )
     if not all(hasattr(getattr(layer, "self_attn", None), "attn") for layer in layers):
         raise RuntimeError(
-            f"pdtrim: SGLang runs {type(runner.model).__name__} by modules that the plugin does not cut: build the "
+            f"pdtrim: SGLang runs {type(model).__name__} by modules that the plugin does not cut: build the "
             "bundle without sublayers left out"
         )
     freed = sum(

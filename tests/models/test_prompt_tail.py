@@ -9,6 +9,10 @@ from tinypd import FAMILIES, text, tiny
 from transformers import DynamicCache
 
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.prompt_tail import attach
+from pdtrim_deploy.models.sublayers import zero_outputs
+from pdtrim_deploy.models.surgery import keep_blocks
+from pdtrim_deploy.plan import WithoutAttention
 from pdtrim_deploy.pruning.kv_only import fit_kv_only
 from pdtrim_deploy.pruning.students.regression import FROZEN
 
@@ -75,6 +79,22 @@ def test_a_short_prompt_is_the_dense_model_s():
     prompts = text(2, TOKENS, seed=5)
     state = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan).prefill(prompts)
     torch.testing.assert_close(state.logits, pair.model(prompts).logits[:, -1])
+
+
+def test_the_tail_goes_without_what_prefill_leaves_out():
+    """Its model comes from disk with zeros there, which have K and V that the pool has no layer for."""
+    pair = tailed(tiny("Llama"), {1, 2}, 7, trained=True)
+    lost = {stage: (WithoutAttention(), *pair.plan.actions(stage)[1:]) for stage in ("prefill", "decode")}
+    pair = replace(pair, plan=pair.plan.with_parts(**lost, kv=pair.plan.kv[1:]))
+    zeros = {0: zero_outputs(pair.model.model.layers[0], "attention")}
+    prefill, decode, prompts = pair.stage("prefill"), pair.stage("decode"), text(3, TOKENS, seed=5)
+    expected = PDOracle(prefill, decode, pair.plan).prefill(prompts)
+    on_disk = attach(pair.stage("prefill"), keep_blocks(pair.model, pair.plan.layers("prefill"), zeros))
+    state = PDOracle(on_disk, decode, pair.plan).prefill(prompts)
+    assert len(state.keys) == len(pair.plan.prefill_kv_blocks)
+    torch.testing.assert_close(state.logits, expected.logits)
+    for pool, other in zip(state.keys + state.values, expected.keys + expected.values, strict=True):
+        torch.testing.assert_close(pool, other)
 
 
 def test_a_prefill_model_without_the_tail_s_is_refused():

@@ -14,9 +14,10 @@ from pdtrim_sglang.kv_only import keep_only_kv
 from pdtrim_sglang.patches import loading
 from pdtrim_sglang.prompt_tail.body import load_body, share_equal
 from pdtrim_sglang.prompt_tail.tails import PromptTails
+from pdtrim_sglang.sublayers import ZeroAttention, ZeroMLP
 from tailmodels import DIM, FAMILIES, HIDDEN, KV_HEADS, LAYERS, Worker, make_model, one_rank
 
-from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan, WithoutAttention, WithoutMLP
 from pdtrim_deploy.plan.blocks import BODY
 
 TAIL, ALONE = 5, (1, 2)
@@ -113,6 +114,17 @@ def test_embeddings_of_a_client_and_captured_layers_are_divided_too(models):
         torch.testing.assert_close(rows, torch.cat(parts), rtol=1e-4, atol=1e-4)
 
 
+def test_layers_that_sglang_captures_for_a_draft_are_captured_of_both_models(models):
+    """SGLang names them to its own model alone, once it is loaded."""
+    whole, body = models("qwen3")
+    whole.layers_to_capture = [1, 3]
+    tails = tails_of(body)
+    worker = Worker(whole, tails)
+    for tokens in (13, 8):  # a batch of both, and one of a body alone
+        states, captured = worker.run([("a", 0, 0, tokens)])
+        assert [len(rows) for rows in (states, *captured)] == [tokens] * 3
+
+
 def test_what_cannot_be_put_together_is_refused(models):
     whole, body = models("llama")
     for model in (whole, body):
@@ -207,31 +219,92 @@ class CausalLM(nn.Module):
         self.model = model
 
 
-def plan_of(tail=TAIL):
+def plan_of(tail=TAIL, first=None):
+    """`first`: what both stages do with the first block."""
     shape = ModelShape(
         architecture="X", fingerprint="f", num_blocks=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, kv_dtype="float32"
     )
     prefill = tuple(KVOnly() if block in ALONE else Keep() for block in range(LAYERS))
-    plan = PDPlan(model=shape, prefill=prefill, decode=(Keep(),) * LAYERS, kv=(KVSend(),) * LAYERS)
-    return plan.with_parts(kv_only_tail=tail)
+    decode, sends = (Keep(),) * LAYERS, LAYERS
+    if first is not None:
+        prefill, decode = (first, *prefill[1:]), (first, *decode[1:])
+        sends -= isinstance(first, WithoutAttention)
+    return PDPlan(model=shape, prefill=prefill, decode=decode, kv=(KVSend(),) * sends, kv_only_tail=tail)
 
 
 def runner_of(model, folder, plan):
     (folder / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
     return SimpleNamespace(
         model=CausalLM(model), startup_weight_load=None,
-        server_args=SimpleNamespace(disaggregation_mode="prefill", pp_size=1, kv_cache_dtype="auto"),
+        server_args=SimpleNamespace(
+            disaggregation_mode="prefill", pp_size=1, kv_cache_dtype="auto", cpu_offload_gb=0, offload_group_size=-1,
+            weight_cache_mode="off", model_checksum=None, load_format="auto",
+        ),
         model_config=SimpleNamespace(model_path=str(folder)), load_config="as the worker's", device="cpu", gpu_id=0,
         memory_saver_adapter="saver",
     )  # fmt: skip
 
 
-def test_a_prefill_worker_cuts_the_body_s_model_and_none_else(models, monkeypatch, tmp_path):
-    whole, body = (make_model("llama", monkeypatch) for _ in range(2))
-    runner = runner_of(whole, tmp_path, plan_of())
-    (tmp_path / BODY).mkdir()
-    (tmp_path / BODY / "config.json").write_text("{}")
-    monkeypatch.setattr(kv_only_layers, "load_body", lambda _: CausalLM(body))
+@pytest.fixture
+def loaded(monkeypatch, tmp_path):
+    """A runner whose model is loaded, and the body's model, whose checkpoint is there."""
+
+    def make(plan):
+        whole, body = (make_model("llama", monkeypatch) for _ in range(2))
+        (tmp_path / BODY).mkdir()
+        (tmp_path / BODY / "config.json").write_text("{}")
+        monkeypatch.setattr(kv_only_layers, "load_body", lambda _: CausalLM(body))
+        return runner_of(whole, tmp_path, plan), whole, body
+
+    return make
+
+
+@pytest.mark.parametrize("first", [WithoutAttention(), WithoutMLP()])
+def test_both_models_go_without_what_the_plan_leaves_out(loaded, first):
+    """Attentions that are left write to the same layers of the pool, which has none for one that is not there."""
+    runner, whole, body = loaded(plan_of(first=first))
+    loading.cut_planned_layers(None, runner)
+    for layer in (whole.layers[0], body.layers[0]):
+        assert isinstance(layer.self_attn, ZeroAttention) is isinstance(first, WithoutAttention)
+        assert isinstance(layer.mlp, ZeroMLP) is isinstance(first, WithoutMLP)
+    left = [layer for layer in range(LAYERS) if layer or isinstance(first, WithoutMLP)]
+    for model in (whole, body):
+        assert [model.layers[at].self_attn.attn.layer_id for at in left] == list(range(len(left)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "option"),
+    [
+        ("cpu_offload_gb", 1, "--cpu-offload-gb"),
+        ("offload_group_size", 4, "--offload-group-size"),
+        ("weight_cache_mode", "client", "--weight-cache-mode"),
+        ("model_checksum", "", "--model-checksum"),
+        ("load_format", "remote_instance", "--load-format remote_instance"),
+    ],
+)
+def test_options_on_one_model_s_weights_are_refused_before_the_second_is_loaded(
+    loaded, monkeypatch, field, value, option
+):
+    runner, _, _ = loaded(plan_of())
+    monkeypatch.setattr(kv_only_layers, "load_body", lambda _: pytest.fail("it was loaded"))
+    setattr(runner.server_args, field, value)
+    with pytest.raises(RuntimeError, match=f"last {TAIL} prompt tokens through another model.* without {option}$"):
+        loading.cut_planned_layers(None, runner)
+
+
+@pytest.mark.parametrize("tail", [TAIL, 0])
+def test_new_weights_are_refused_by_sglang_where_there_are_two_models(loaded, tail):
+    """They would reach the model of the tails, and tensors that both share."""
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+
+    runner, _, _ = loaded(plan_of(tail))
+    loading.cut_planned_layers(None, runner)
+    refusal = weight_updater._unsupported_derived_weight_cache_error(runner.model)
+    assert (refusal or "").startswith("pdtrim: new weights would reach one of the two models") is bool(tail)
+
+
+def test_a_prefill_worker_cuts_the_body_s_model_and_none_else(loaded):
+    runner, whole, body = loaded(plan_of())
     loading.cut_planned_layers(None, runner)
     cut = [type(layer.self_attn.o_proj).__name__ == "ZeroProjection" for layer in body.layers]
     assert cut == [index in ALONE for index in range(LAYERS)]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang.requirements.prompt_tail import check_prompt_tail
+from pdtrim_sglang.requirements.prompt_tail import check_prompt_tail, check_two_models
 from sglang.srt.runtime_context import get_context
 
 from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan
@@ -106,6 +106,34 @@ def test_what_would_compute_tails_wrongly_is_refused_by_its_name(resolved, parse
     check(args, WITHOUT)
     with pytest.raises(RuntimeError, match=f"last 7 prompt tokens through another model.* without .*{option}"):
         check(args, TAILED)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--cpu-offload-gb", ("1",)),
+        ("--offload-group-size", ("4",)),
+        ("--weight-cache-mode", ("client",)),
+        ("--model-checksum", ()),
+        ("--load-format", ("remote_instance",)),
+    ],
+)
+def test_what_sglang_has_for_the_weights_of_one_model_is_refused_by_its_name(resolved, parse, option, value):
+    args, field = resolved(*PREFILL), option[2:].replace("-", "_")
+    check_two_models(args, TAILED)
+    setattr(args, field, getattr(parse(option, *value), field))
+    with pytest.raises(RuntimeError, match=f"last 7 prompt tokens through another model.* without {option}"):
+        check_two_models(args, TAILED)
+
+
+def test_weights_that_come_back_by_an_update_are_refused(resolved):
+    args = resolved(*PREFILL)
+    args.enable_memory_saver = True
+    check(args, WITHOUT)
+    with pytest.raises(RuntimeError, match="without --enable-memory-saver, or with --enable-weights-cpu-backup"):
+        check(args, TAILED)
+    args.enable_weights_cpu_backup = True
+    check(args, TAILED)
 
 
 def test_another_radix_cache_that_is_switched_off_passes(resolved):

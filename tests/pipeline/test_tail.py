@@ -18,7 +18,10 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
+from pdtrim_deploy.models import surgery
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.build_steps import steps_of
+from pdtrim_deploy.pipeline.journal import chained_key
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.plan import PDPlan
@@ -110,6 +113,61 @@ def test_another_tail_in_the_same_folder_is_built_again(
     assert json.loads((other.prefill_dir / "config.json").read_text())["pdtrim"]["kv_only_tail"] == TAIL + 4
 
 
+def test_a_folder_has_a_body_only_where_its_plan_has_a_tail(
+    bundle: Bundle, copied: Bundle, tiny_dir: Callable[[str], Path], text: Path
+) -> None:
+    cache, source = Cache(bundle.path.parent / "cache"), tiny_dir("Qwen3ForCausalLM")
+    none = build(recipe(source, text, tail=0), copied.path, cache)
+    assert not body_of(none).exists()
+    assert none.verify() == []
+    again = build(recipe(source, text), copied.path, cache)
+    assert again.verify() == []
+    assert_equal(weights(body_of(again)), weights(body_of(bundle)))
+
+
+def test_a_build_that_ends_between_both_checkpoints_goes_on(
+    bundle: Bundle, tiny_dir: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, source, written = Cache(bundle.path.parent / "cache"), tiny_dir("Qwen3ForCausalLM"), surgery.write_stage
+
+    def write(checkpoint: object, out: Path, *args: object, **more: object) -> None:
+        if out.name == BODY:
+            (out.parent / f".{BODY}.new-killed").mkdir()  # as a process that is killed leaves it
+            raise KeyboardInterrupt
+        written(checkpoint, out, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(surgery, "write_stage", write)
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe(source, text), tmp_path / "b", cache)
+    assert (tmp_path / "b" / "prefill" / "config.json").is_file()
+    with pytest.raises(UserError, match="not a complete bundle"):
+        Bundle.open(tmp_path / "b")
+    monkeypatch.undo()
+    again = build(recipe(source, text), tmp_path / "b", cache)
+    assert again.verify() == []
+    assert_equal(weights(body_of(again)), weights(body_of(bundle)))
+
+
+def test_a_body_of_another_plan_is_one_sentence(copied: Bundle) -> None:
+    config = body_of(copied) / "config.json"
+    other = copied.plan.with_parts(kv_only_tail=TAIL + 1).model_dump(mode="json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pdtrim": other}))
+    with pytest.raises(UserError, match=f"prefill/{BODY}/config.json was made for plan .*build the bundle again"):
+        Bundle.open(copied.path)
+
+
+def test_a_prefill_that_was_written_before_there_was_a_body_is_written_again(
+    tiny_dir: Callable[[str], Path], text: Path
+) -> None:
+    """Its step was of the same recipe, and all its files stand."""
+    with_tail, without = (
+        {step.name: step.key for step in steps_of(recipe(tiny_dir("Qwen3ForCausalLM"), text, tail=tail), "f")}
+        for tail in (TAIL, 0)
+    )
+    assert without["prefill"] == chained_key(without["select-kv"], "prefill")
+    assert with_tail["prefill"] != chained_key(with_tail["select-kv"], "prefill")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_that_come_and_go_give_the_same_weights_and_scores(
     dtype: str, tiny_dir: Callable[[str], Path], text: Path, tmp_path: Path
@@ -146,11 +204,11 @@ def test_a_bundle_without_the_folder_is_one_sentence(capsys: pytest.CaptureFixtu
     assert (code, f"prefill/{BODY}/model.safetensors " in out) == (1, True)
 
 
-@pytest.mark.parametrize("command", ["eval", "fidelity"])
+@pytest.mark.parametrize("command", ["eval", "fidelity", "deploy render"])
 def test_commands_end_with_that_sentence(capsys: pytest.CaptureFixture[str], copied: Bundle, command: str) -> None:
     shutil.rmtree(body_of(copied))
-    more = ("http://127.0.0.1:1",) if command == "fidelity" else ()
-    code, _, err = run(capsys, command, copied.path, *more)
+    more = {"fidelity": ("http://127.0.0.1:1",), "deploy render": ("--dry-run",)}.get(command, ())
+    code, _, err = run(capsys, *command.split(), copied.path, *more)
     assert code == 2
     assert f"{BODY}: missing, and with it the weights for all but the last {TAIL}" in err.splitlines()[-1]
 
@@ -191,4 +249,6 @@ def test_prefill_that_loses_blocks_has_no_tail_behind_healing(tiny_llama_dir: Pa
     with pytest.raises(ValueError, match=r"healing.kv_only_tail is 8 and prefill loses blocks.*prefill_blocks 0, or"):
         recipe(tiny_llama_dir, text, pruning=cut)
     none = {"kv_only_blocks": 2, "kv_only_tail": TAIL}
+    with pytest.raises(ValueError, match=r"healing or students make up, but not in the tail"):
+        recipe(tiny_llama_dir, text, pruning=cut | {"method": "anneal", "distil": True}, healing=none)
     assert recipe(tiny_llama_dir, text, pruning=cut, healing=none).healing.kv_only_tail == TAIL

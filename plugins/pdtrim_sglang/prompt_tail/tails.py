@@ -58,6 +58,8 @@ class PromptTails:
         """From now on SGLang's ModelRunner, whose model is the tails', computes prompts by both models."""
         self._follow_attention(runner)
         model = runner.model.model
+        if hasattr(model, "layers_to_capture"):  # SGLang has set those that an EAGLE3 draft reads, of this model alone
+            self._body.layers_to_capture = model.layers_to_capture
         model.forward = self._divided(model.forward)
 
     def _follow_attention(self, runner: Any) -> None:

@@ -12,11 +12,34 @@ NEITHER = (
 )  # fmt: skip
 
 
+REMOTE = ("remote", "remote_instance")  # formats whose weights do not come from the checkpoint's folder
+
+
+def check_two_models(server_args: Any, plan: PDPlan) -> None:
+    """Raise RuntimeError for the first option with which the second model of a plan with a tail cannot be loaded.
+
+    A worker's other options are looked at once both are there.
+    """
+    refused = {
+        "--cpu-offload-gb": server_args.cpu_offload_gb > 0,
+        "--offload-group-size": server_args.offload_group_size > 0,
+        "--weight-cache-mode": server_args.weight_cache_mode != "off",
+        "--model-checksum": server_args.model_checksum is not None,
+        f"--load-format {server_args.load_format}": server_args.load_format in REMOTE,
+    }
+    for option, used in refused.items():
+        if used:
+            raise RuntimeError(
+                f"pdtrim: {_what(plan)}, whose weights are loaded beside the first model's, and SGLang has this option "
+                f"for those of one model: start prefill without {option}"
+            )
+
+
 def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
     """Raise RuntimeError for the first option that a plan with a tail cannot be served with."""
     if plan is None or not plan.kv_only_tail:
         return
-    what = f"the plan runs the last {plan.kv_only_tail} prompt tokens through another model"
+    what = _what(plan)
     if server_args.disaggregation_mode == "decode":
         if server_args.disaggregation_decode_enable_radix_cache:
             raise RuntimeError(
@@ -25,6 +48,10 @@ def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
             )
         return
     _check_prefill(server_args, what)
+
+
+def _what(plan: PDPlan) -> str:
+    return f"the plan runs the last {plan.kv_only_tail} prompt tokens through another model"
 
 
 def _check_prefill(server_args: Any, what: str) -> None:
@@ -42,6 +69,11 @@ def _check_prefill(server_args: Any, what: str) -> None:
         raise RuntimeError(
             f"pdtrim: {what}, and groups of data-parallel attention wait for each other in every layer that some of "
             "them skip: start prefill without --attn-dp-size and --enable-dp-attention"
+        )
+    if server_args.enable_memory_saver and not server_args.enable_weights_cpu_backup:
+        raise RuntimeError(
+            f"pdtrim: {what}, and weights that SGLang gives up to save memory come back by an update, which reaches "
+            "one model alone: start prefill without --enable-memory-saver, or with --enable-weights-cpu-backup"
         )
     if server_args.radix_cache_backend is not None and not server_args.disable_radix_cache:
         raise RuntimeError(
