@@ -23,6 +23,9 @@ _BLOCKS = {
 }
 
 
+_TAILED = ["calibration/mixed-agents.yaml", "healing/kv-only-12-tail.yaml"]
+
+
 def _budget(saved: float) -> dict[str, Any]:
     """`saved` times fewer bytes than a bfloat16 pool's; a recipe's reduction is of its own pool, here float32."""
     return {"kv": {"method": "budget", "reduction": 2 * saved, "prompt_tokens": 448}}
@@ -49,8 +52,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "budget 8x": _budget(8.0),
     "blocks": {"kv": {"method": "none"}} | _BLOCKS,
     "blocks, budget 4.95x": _budget(4.95) | _BLOCKS,
+    "KV-only prefill, tail": {"kv": {"method": "none"}, "include": _TAILED},
 }
 """Sections of each plan's recipe. 4 + 334 rows of 448 in int4 are as many bytes as 4.95x leaves."""
+ONLY = {"KV-only prefill, tail": "SmolLM2-135M"}
+"""Plans whose weights are trained, of one model alone: it takes an hour."""
 
 
 MIXED = {"include": ["calibration/mixed.yaml"]}

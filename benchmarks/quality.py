@@ -4,7 +4,7 @@
 likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits. Values of every question are
 written down as they come (out/bench-quality), and the benchmark goes on from there: `--models`, `--plans`, `--parts`
 and `--items` choose what a run does, the table has all that was ever measured of the same texts. A row names its own
-commit and machine; rows of several commits are not paired.
+commit and machine; rows of several commits are not paired. "KV-only prefill, tail" is units/healing/kv-only-12-tail.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from __notes import Note, timed_notes
-from __quality_plans import DENSE, MIXED, MODELS, PLANS, built
+from __quality_plans import DENSE, MIXED, MODELS, ONLY, PLANS, built
 from __quality_tasks import TASKS, write_tasks
-from __results import HERE, commit, write
+from __results import HERE, commit, committed, write
 from __savings import bfloat16_reduction
 
 from pdtrim_deploy.bundle.environment import machine
@@ -58,7 +58,8 @@ def main() -> None:
             (part, plan)
             for part in options.parts
             for plan in options.plans
-            if not _covers(log.find(model=name, part=part, plan=plan), part, options.items)
+            if ONLY.get(plan, name) == name
+            and not _covers(log.find(model=name, part=part, plan=plan), part, options.items)
         ]
         for part in dict.fromkeys(part for part, _ in missing):
             there = [row for row in _newest(log) if (row["model"], row["part"]) == (name, part)]
@@ -70,7 +71,9 @@ def main() -> None:
                 for rows_of in bench.rows(part, plans, options.items):
                     log.append(*rows_of)
     options.models, options.plans, options.parts, options.items = [*MODELS], [*PLANS], [*DOMAINS, *TASKS], None
-    write("quality", options, [*rows(log)])
+    older = committed(HERE / "results" / "quality.json", options, text)
+    measured = {_key(row): row for row in (*older, *rows(log))}
+    write("quality", options, [measured[key] for key in _order() if key in measured])
 
 
 def _covers(row: dict[str, Any] | None, part: str, items: int | None) -> bool:
@@ -123,9 +126,16 @@ def rows(log: RowLog) -> Iterator[dict[str, Any]]:
 
 
 def _newest(log: RowLog) -> list[dict[str, Any]]:
-    newest = {(row["model"], row["part"], row["plan"]): row for row in log.rows}
-    order = [(m, part, plan) for m in MODELS for part in (*DOMAINS, *TASKS) for plan in PLANS]
-    return [newest[key] for key in order if key in newest]
+    newest = {_key(row): row for row in log.rows}
+    return [newest[key] for key in _order() if key in newest]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["model"], row["part"], row["plan"]
+
+
+def _order() -> list[tuple[str, str, str]]:
+    return [(model, part, plan) for model in MODELS for part in (*DOMAINS, *TASKS) for plan in PLANS]
 
 
 def families(plans: Collection[str]) -> list[list[str]]:
