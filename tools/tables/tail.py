@@ -61,7 +61,7 @@ def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, int, Rows, Rows]]:
     for row in data["rows"]:
         grouped.setdefault((row["model"], row["prompt"], row["tail"]), {})[row["corpus"]] = row
     whole = {key: rows for key, rows in grouped.items() if {*CORPORA, "needle"} <= rows.keys()}
-    for (model, prompt, tokens), rows in whole.items():
+    for (model, prompt, tokens), rows in sorted(whole.items(), key=lambda item: (*item[0][:2], item[0][2] or 0)):
         if tokens is not None and (dense := whole.get((model, prompt, None))):
             yield model, prompt, tokens, rows, dense
 
