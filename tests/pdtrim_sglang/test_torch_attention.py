@@ -11,12 +11,15 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 
 from decodeworker import GARBAGE, sglang
 from pdtrim_sglang.attention.factory import TorchFactory
+from pdtrim_sglang.cpu import torch_attention
 from pdtrim_sglang.cpu.torch_attention import TorchAttention, attend
+from sglang.srt.layers.attention import torch_native_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 HEADS, KV_HEADS, DIM, SCALING, WINDOW, PAGE = 6, 2, 16, 0.3, 9, 4
@@ -128,6 +131,25 @@ def test_chunks_and_steps_of_several_requests_in_both_pools(sinks):
     for counts in ([5, 17, 2], [12, 3, 9], [1, 1, 1], [1, 1, 1]):
         for answer, expected in zip(*worker.run(counts, sinks), strict=True):
             torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_short_chunk_computes_its_own_queries_alone(monkeypatch):
+    """Of 3 tokens behind 20 SGLang's own would compute 23; of longer chunks it computes fewer scores than ours."""
+    torch.manual_seed(1)
+    worker, computed = Worker(TorchAttention, requests=2), []
+
+    def counted(query, *args, **named):
+        computed.append(query.shape[-2])
+        return scaled_dot_product_attention(query, *args, **named)
+
+    monkeypatch.setattr(torch_attention, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(torch_native_backend, "scaled_dot_product_attention", counted)
+    chunks = {(20, 12): [20, 12], (3, 1): [3, 1], (40, 2): [63, 15], (1, 2): [1, 2]}
+    for counts, expected_queries in chunks.items():
+        computed.clear()
+        answers, expected = worker.run(counts, None)
+        torch.testing.assert_close(answers[1], expected[1], rtol=1e-5, atol=1e-5)
+        assert computed[-len(counts) :] == expected_queries
 
 
 def test_sglangs_own_misreads_windows_and_takes_no_sinks():

@@ -1,5 +1,8 @@
-"""torch_native on a CPU with what SGLang 0.5.23's lacks: sinks, reads of its pool of windows by that pool's slots, and
-the length of what pads a batch under DP attention.
+"""torch_native on a CPU with what SGLang 0.5.23's lacks: sinks, reads of its pool of windows by that pool's slots, the
+length of what pads a batch under DP attention, and chunks that cost no more than their own queries.
+
+SGLang's computes attention of all tokens of a prompt for each chunk of it, and keeps the chunk's. Ours computes the
+chunk's alone: of 128 tokens behind 1,792 in an eighth of the time.
 
 A sink is one more logit of a head, which takes part in the softmax and brings no value. Here it is one more key:
 queries, keys and values get a channel, in which a query has its head's sink, tokens' keys have 0, and the sink's key
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -29,9 +33,9 @@ class TorchAttention(TorchNativeAttnBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
         sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if not self._needs_ours(layer, sinks):
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         before, counts = forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist()
+        if not (self._needs_ours(layer, sinks) or _ends_of_prompts(q, layer, before, counts)):
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks, before, counts)
 
     def forward_decode(
@@ -68,6 +72,14 @@ class TorchAttention(TorchNativeAttnBackend):
             held = keys[slots].to(q.dtype), values[slots].to(q.dtype)
             outputs.append(attend(query, *held, layer.scaling, layer.sliding_window_size, sinks))
         return torch.cat(outputs).flatten(1)
+
+
+def _ends_of_prompts(q: Tensor, layer: Any, before: list[int], counts: list[int]) -> bool:
+    """Whether chunks are so short that SGLang, which skips scores behind a query, would compute more of them."""
+    decoder = layer.attn_type == AttentionType.DECODER and not layer.is_cross_attention
+    if not decoder or layer.qk_head_dim != layer.v_head_dim or len(q) != sum(counts):
+        return False
+    return sum((first + count) * (count - first) for first, count in zip(before, counts, strict=True)) < 0
 
 
 def attend(
