@@ -46,7 +46,19 @@ class Table:
 
 TABLES = {
     "switches": Table(
-        ("kv", "wire", "kvdistil", "prefilltime", "heal", "claims", "generated", "equalbytes", "tail", "quality"),
+        (
+            "kv",
+            "wire",
+            "kvdistil",
+            "prefilltime",
+            "heal",
+            "claims",
+            "generated",
+            "equalbytes",
+            "tail",
+            "quality",
+            "ttft",
+        ),
         front.switches,
     ),
     "proof": Table(("served", "faults"), front.proof),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tables.base import interval, rise, table, weights
+from tables.base import interval, ratio, rise, table, weights
 from tables.kv import uniform
 from tables.kvdistil import CORPORA, pairs, rises
 from tables.tail import judged, of_all
@@ -29,6 +29,7 @@ def switches(
     equalbytes: Data,
     tail: Data,
     quality: Data,
+    ttft: Data,
 ) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
@@ -49,7 +50,7 @@ def switches(
             ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()) + _alone_answers(generated),
             "[blocks](docs/benchmarks/blocks.md)",
         ),
-        _tail(tail),
+        _tail(tail, ttft),
         (
             f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
             f"{interval(claims['ratios'], 'output tokens/s')} times the output tokens/s, "
@@ -70,15 +71,16 @@ def switches(
     return table(("switch", "saves", "costs", "measured"), body) + caption
 
 
-def _tail(tail: Data) -> tuple[str, str, str, str]:
+def _tail(tail: Data, ttft: Data) -> tuple[str, str, str, str]:
     """The row of the longest tail that was judged at every prompt length, beside no tail."""
     ours = {(prompt, tokens): rest for model, prompt, tokens, *rest in judged(tail) if model == "SmolLM2-135M"}
     prompts = sorted({prompt for prompt, _ in ours})
     longest = max(tokens for _, tokens in ours if all((prompt, tokens) in ours for prompt in prompts))
-    work, costs = [], []
+    served = {row["prompt"]: row for row in ttft["rows"] if row["tail"] == longest}
+    saved, costs = [], []
     for prompt in prompts:
         rows, _ = ours[prompt, longest]
-        work.append(f"{rows['brown']['share']:.2f} at {prompt:,}")
+        saved.append(f"{ratio(served[prompt], 'ratio', 'low', 'high')} after {prompt:,}")
         needles = len(rows["needle"]["right"])
         cost = [f"{of_all(*ours[prompt, tokens])} and {_right(ours[prompt, tokens][0])}" for tokens in (longest, 0)]
         costs.append(f"after {prompt:,} prompt tokens {cost[0]} of {needles} facts found (without a tail {cost[1]})")
@@ -87,7 +89,7 @@ def _tail(tail: Data) -> tuple[str, str, str, str]:
         f"KV-only prefill with a tail: {count} of 30 blocks, but the last {longest} tokens of a prompt run "
         "the unchanged model: "
         "`include: [units/healing/kv-only-12-tail.yaml]`",
-        f"work of prefill's blocks: {', '.join(work)} prompt tokens (arithmetic)",
+        f"TTFT over dense's: {', '.join(saved)} prompt tokens (95% interval)",
         "mean of four kinds of text, and facts hidden in a prompt: " + "; ".join(costs),
         "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
     )
