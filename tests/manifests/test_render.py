@@ -348,7 +348,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         pool_dtype="fp8_e4m3",
     )  # fmt: skip
     plan = PDPlan.dense(shape).with_kv((KVSend(mode="sparse", n_first=1), KVSend()))
-    monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, plan=plan))
+    monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, prefill_dir=path, plan=plan))
     render = ("deploy", "render", "my-bundle")
     for name, value in (("--memory", "32Gi"), ("--monitoring", "other")):
         code, text, err = run(
