@@ -152,6 +152,15 @@ def test_a_short_chunk_computes_its_own_queries_alone(monkeypatch):
         assert computed[-len(counts) :] == expected_queries
 
 
+def test_drafted_tokens_are_verified_by_sglangs_own(monkeypatch):
+    """Their batch does not say where they begin."""
+    worker, called = Worker(TorchAttention), []
+    monkeypatch.setattr(TorchNativeAttnBackend, "forward_extend", lambda *args, **_: called.append(args))
+    batch = SimpleNamespace(extend_prefix_lens=None, extend_seq_lens=None)
+    worker.backend.forward_extend(torch.zeros(4, HEADS * DIM), None, None, worker.layers[1], batch)
+    assert len(called) == 1
+
+
 def test_sglangs_own_misreads_windows_and_takes_no_sinks():
     """Remove ours when this no longer holds."""
     torch.manual_seed(1)

@@ -33,6 +33,8 @@ class TorchAttention(TorchNativeAttnBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
         sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        if not self._needs_ours(layer, sinks) and forward_batch.extend_prefix_lens is None:  # drafted tokens
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         before, counts = forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist()
         if not (self._needs_ours(layer, sinks) or _ends_of_prompts(q, layer, before, counts)):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
