@@ -183,13 +183,14 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     right = {"dense": [1, 1, 1], "uniform k4v3": [1, 0, 1], "6 of 24 blocks K and V alone in prefill": [0, 0, 1]}
     answers = [{"plan": plan, "task": "humaneval", "right": values} for plan, values in right.items()]
     sources["generated"] = {"rows": [*answers, {"plan": "uniform int4", "task": "gsm8k", "right": [1]}]}
-    judged = {"uniform int4": 1.002, "uniform k4v3": 1.006}
+    judged = {"uniform int4": 1.002, "uniform k4v3": 1.006, "KV-only prefill, tail": 1.03}
     sources["quality"] = {
+        "options": {"prompt": 448},
         "rows": [
             {"model": "SmolLM2-135M", "part": part, "plan": plan, "recovery": score, "se": 0.001}
             for plan, score in judged.items()
             for part in ("prose", "dialogue", "code")
-        ]
+        ],
     }
     text = tool.TABLES["switches"].render(*sources.values())
     kinds = "{0} on prose, {0} on agents' conversations, {0} on code"
@@ -198,6 +199,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     cost = f"SmolLM2-135M: {kinds.format('0.60% ± 0.10%')}; Qwen2.5-Coder-0.5B: 1.5% ± 0.1% on prose"
     cost += "; it solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
+    assert f"| {kinds.format('3.00% ± 0.10%')} after 448 prompt tokens; mean of four kinds of text" in text
     alone = "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
     assert alone in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text

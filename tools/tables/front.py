@@ -50,7 +50,7 @@ def switches(
             ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()) + _alone_answers(generated),
             "[blocks](docs/benchmarks/blocks.md)",
         ),
-        _tail(tail, ttft),
+        _tail(tail, ttft, quality),
         (
             f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
             f"{interval(claims['ratios'], 'output tokens/s')} times the output tokens/s, "
@@ -71,7 +71,7 @@ def switches(
     return table(("switch", "saves", "costs", "measured"), body) + caption
 
 
-def _tail(tail: Data, ttft: Data) -> tuple[str, str, str, str]:
+def _tail(tail: Data, ttft: Data, quality: Data) -> tuple[str, str, str, str]:
     """The row of the longest tail that was judged at every prompt length, beside no tail."""
     ours = {(prompt, tokens): rest for model, prompt, tokens, *rest in judged(tail) if model == "SmolLM2-135M"}
     prompts = sorted({prompt for prompt, _ in ours})
@@ -90,9 +90,17 @@ def _tail(tail: Data, ttft: Data) -> tuple[str, str, str, str]:
         "the unchanged model: "
         "`include: [units/healing/kv-only-12-tail.yaml]`",
         f"TTFT over dense's: {', '.join(saved)} prompt tokens (95% interval)",
-        "mean of four kinds of text, and facts hidden in a prompt: " + "; ".join(costs),
+        f"{_by_kind(quality, 'KV-only prefill, tail')} after {quality['options']['prompt']} prompt tokens; mean of "
+        "four kinds of text, fewer of each, and facts hidden in a prompt: " + "; ".join(costs),
         "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
     )
+
+
+def _by_kind(quality: Data, plan: str) -> str:
+    """Losses of SmolLM2 behind a plan, by kind of text."""
+    judged_on = {row["part"]: row for row in quality["rows"] if row["plan"] == plan and row["model"] == "SmolLM2-135M"}
+    losses = [(name, judged_on[part]["recovery"] - 1, judged_on[part]["se"]) for part, name in _KINDS.items()]
+    return ", ".join(f"{loss:.2%} ± {error:.2%} on {name}" for name, loss, error in losses)
 
 
 def _right(rows: dict[str, Data]) -> int:
@@ -174,9 +182,7 @@ def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
 
 def _uniform(dtype: str, kv: Data, wire: Data, generated: Data, quality: Data) -> tuple[str, str, str, str]:
     """The row of a uniform wire dtype: losses of SmolLM2 by kind of text, of other models; answers that were right."""
-    judged_on = {row["part"]: row for row in quality["rows"] if row["plan"] == f"uniform {dtype}"}
-    losses = [(name, judged_on[part]["recovery"] - 1, judged_on[part]["se"]) for part, name in _KINDS.items()]
-    cost = "SmolLM2-135M: " + ", ".join(f"{loss:.2%} ± {error:.2%} on {name}" for name, loss, error in losses)
+    cost = f"SmolLM2-135M: {_by_kind(quality, f'uniform {dtype}')}"
     (*_, (other, prose)) = uniform(wire["rows"], dtype).items()
     cost += f"; {other}: {prose['ratio'] - 1:.1%} ± {prose['error']:.1%} on prose"
     right = {
