@@ -133,10 +133,11 @@ def test_chunks_and_steps_of_several_requests_in_both_pools(sinks):
             torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_short_chunk_computes_its_own_queries_alone(monkeypatch):
+def test_a_short_tail_computes_its_own_queries_alone(monkeypatch):
     """Of 3 tokens behind 20 SGLang's own would compute 23; of longer chunks it computes fewer scores than ours."""
     torch.manual_seed(1)
     worker, computed = Worker(TorchAttention, requests=2), []
+    worker.backend.own_queries = True
 
     def counted(query, *args, **named):
         computed.append(query.shape[-2])
@@ -152,13 +153,14 @@ def test_a_short_chunk_computes_its_own_queries_alone(monkeypatch):
         assert computed[-len(counts) :] == expected_queries
 
 
-def test_drafted_tokens_are_verified_by_sglangs_own(monkeypatch):
-    """Their batch does not say where they begin."""
+def test_other_chunks_are_sglangs_own(monkeypatch):
+    """Drafted tokens among them, whose batch does not say where they begin."""
     worker, called = Worker(TorchAttention), []
     monkeypatch.setattr(TorchNativeAttnBackend, "forward_extend", lambda *args, **_: called.append(args))
-    batch = SimpleNamespace(extend_prefix_lens=None, extend_seq_lens=None)
-    worker.backend.forward_extend(torch.zeros(4, HEADS * DIM), None, None, worker.layers[1], batch)
-    assert len(called) == 1
+    for before in (None, torch.tensor([20])):
+        batch = SimpleNamespace(extend_prefix_lens=before, extend_seq_lens=torch.tensor([4]))
+        worker.backend.forward_extend(torch.zeros(4, HEADS * DIM), None, None, worker.layers[1], batch)
+    assert len(called) == 2
 
 
 def test_sglangs_own_misreads_windows_and_takes_no_sinks():

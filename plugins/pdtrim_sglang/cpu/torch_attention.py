@@ -1,8 +1,9 @@
 """torch_native on a CPU with what SGLang 0.5.23's lacks: sinks, reads of its pool of windows by that pool's slots, the
-length of what pads a batch under DP attention, and chunks that cost no more than their own queries.
+length of what pads a batch under DP attention, and tails of prompts that cost no more than their own queries.
 
-SGLang's computes attention of all tokens of a prompt for each chunk of it, and keeps the chunk's. Ours computes the
-chunk's alone: of 128 tokens behind 1,792 in an eighth of the time.
+SGLang's computes attention of all tokens of a prompt for each part of it, and keeps the part's. Ours computes the
+part's alone: of 128 tokens behind 1,792 in an eighth of the time. Other chunks stay SGLang's, whose rows are then equal
+to those of the whole prompt to the bit.
 
 A sink is one more logit of a head, which takes part in the softmax and brings no value. Here it is one more key:
 queries, keys and values get a channel, in which a query has its head's sink, tokens' keys have 0, and the sink's key
@@ -23,7 +24,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 class TorchAttention(TorchNativeAttnBackend):
-    """For decoders: a query attends to itself and to tokens before it, in layers with a window to so many of them."""
+    """For decoders: a query attends to itself and to tokens before it, in layers with a window to so many of them.
+
+    Attributes:
+        own_queries: compute the queries of a batch alone where that is less.
+
+    """
+
+    own_queries = False
 
     def get_cpu_graph_seq_len_fill_value(self) -> int:
         """Tokens of a request that only pads a batch to another rank's; as SGLang's backend for AMX says."""
@@ -33,7 +41,7 @@ class TorchAttention(TorchNativeAttnBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,
         sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if not self._needs_ours(layer, sinks) and forward_batch.extend_prefix_lens is None:  # drafted tokens
+        if not (self._needs_ours(layer, sinks) or self.own_queries):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         before, counts = forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist()
         if not (self._needs_ours(layer, sinks) or _ends_of_prompts(q, layer, before, counts)):
@@ -77,7 +85,7 @@ class TorchAttention(TorchNativeAttnBackend):
 
 
 def _ends_of_prompts(q: Tensor, layer: Any, before: list[int], counts: list[int]) -> bool:
-    """Whether chunks are so short that SGLang, which skips scores behind a query, would compute more of them."""
+    """Whether parts are so short that SGLang, which skips scores behind a query, would compute more of them."""
     decoder = layer.attn_type == AttentionType.DECODER and not layer.is_cross_attention
     if not decoder or layer.qk_head_dim != layer.v_head_dim or len(q) != sum(counts):
         return False
