@@ -70,7 +70,7 @@ class Bundle:
         return [self.path / folder for folder in self.plan.checkpoints]
 
     @property
-    def models(self) -> list[Path]:
+    def weight_folders(self) -> list[Path]:
         """All folders with weights: `checkpoints`, and that of prompts before a tail; UserError if this is missing."""
         check_body(self.prefill_dir, self.plan)
         return [*self.checkpoints, *([self.prefill_dir / BODY] if self.plan.kv_only_tail else [])]

@@ -137,8 +137,8 @@ class Demo:
         weights = {
             f"{stage}_weights": sum(
                 file.stat().st_size
-                for files in ("*.safetensors", f"{BODY}/*.safetensors")
-                for file in bundle.stage_dir(stage).glob(files)
+                for pattern in ("*.safetensors", f"{BODY}/*.safetensors")
+                for file in bundle.stage_dir(stage).glob(pattern)
             )
             for stage in STAGES
         }

@@ -59,7 +59,7 @@ def judge_tasks(
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
-    compute = fit_judging((bundle.models, [source.path]), KV_TOKENS, compute)
+    compute = fit_judging((bundle.weight_folders, [source.path]), KV_TOKENS, compute)
     corpus = corpora.load(section.corpus, cache, note)
     model = load_to_compute("dense", source.path, dtype, note, compute)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))

@@ -103,7 +103,7 @@ def judge_bundle(
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
     compute = fit_judging(
-        (bundle.models, [source.path]), BATCH * (section.prompt_tokens + section.continuation_tokens), compute
+        (bundle.weight_folders, [source.path]), BATCH * (section.prompt_tokens + section.continuation_tokens), compute
     )
     corpus = corpora.load(section.corpus, cache, note)
     texts = corpora.windows(

@@ -71,7 +71,7 @@ class HealingSection(Section):
             on 16 sequences at most. `prefill_steps` then train prefill by what decode predicts behind its KV.
         kv_only_tail: the last tokens of each prompt, which run the unchanged model: all blocks, its own weights. On
             prompts much longer than that prefill saves almost as much, and loses less. Prefill holds both sets of
-            weights, but for layers that are the same. Neither fits nor training depend on it.
+            weights, equal tensors once. Neither fits nor training depend on it.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` (or

@@ -160,8 +160,8 @@ class Recipe(Section):
         if self.healing.kv_only_tail and self.pruning.prefill_loses and mended:
             raise ValueError(
                 f"healing.kv_only_tail is {self.healing.kv_only_tail} and prefill loses blocks or parts of them, for "
-                "which healing or students make up, but not in the tail, whose weights are the model's own; allowed: "
-                "pruning.prefill_blocks 0, or healing.kv_only_tail 0"
+                "which healing or students make up, but not in the tail, whose weights are the model's own; allowed: a "
+                "prefill that loses nothing, or healing.kv_only_tail 0"
             )
         return self
 

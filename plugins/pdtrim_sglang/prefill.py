@@ -268,7 +268,7 @@ class PrefillSide:
             logger.error("pdtrim: %s", reason)
 
     def _open(self, message: Room) -> None:
-        if self.rooms.kept(message):
+        if self.rooms.defers(message):
             return
         decode = self.sessions.renewed(message.session)
         info = RoomInfo.of(message, self._ranks, decode)

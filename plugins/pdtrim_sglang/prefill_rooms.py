@@ -81,7 +81,7 @@ class PrefillRooms:
     def sender_closed(self, room: int, opened: bool) -> list[Room]:
         """The scheduler is done with this room; unless decode has `opened` it, it may still do so and wait.
 
-        Returns the messages that were `kept` for it, to be heard now.
+        Returns the messages that it `defers`, to be heard now.
         """
         with self._early_lock:
             self._senders.discard(room)
@@ -93,8 +93,8 @@ class PrefillRooms:
                 del self._ended_unopened[next(iter(self._ended_unopened))]
         return early
 
-    def kept(self, message: Room) -> bool:
-        """Whether a room is announced again before its sender, which has sent all, is closed and would forget it.
+    def defers(self, message: Room) -> bool:
+        """Whether to hear a message later: its room's sender has sent all, and would forget it when it is closed.
 
         Decode has a request's rows before prefill's scheduler hears of it. It may retract the request at once
         (`pause_generation` with mode `retract`), and ask for its rows anew.

@@ -157,7 +157,7 @@ def run_fidelity(
     progress("fidelity: scoring the served tokens with the oracle")
     if compute is not None:
         most = max(len(row.prompt) for _, row in served)
-        compute = fit_judging([bundle.models], most, compute)
+        compute = fit_judging([bundle.weight_folders], most, compute)
     return judge(oracle_of(bundle, progress, compute, rounds_inputs=True), served, progress)
 
 

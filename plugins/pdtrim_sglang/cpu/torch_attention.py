@@ -2,8 +2,8 @@
 length of what pads a batch under DP attention, and tails of prompts that cost no more than their own queries.
 
 SGLang's computes attention of all tokens of a prompt for each part of it, and keeps the part's. Ours computes the
-part's alone: of 128 tokens behind 1,792 in an eighth of the time. Other chunks stay SGLang's, whose rows are then equal
-to those of the whole prompt to the bit.
+part's alone: of 128 tokens behind 1,792 in an eighth of the time. Other chunks stay SGLang's: by ours, rows of a prefix
+hit differed enough from those of the whole prompt to be quantised to another code.
 
 A sink is one more logit of a head, which takes part in the softmax and brings no value. Here it is one more key:
 queries, keys and values get a channel, in which a query has its head's sink, tokens' keys have 0, and the sink's key
@@ -27,7 +27,7 @@ class TorchAttention(TorchNativeAttnBackend):
     """For decoders: a query attends to itself and to tokens before it, in layers with a window to so many of them.
 
     Attributes:
-        own_queries: compute the queries of a batch alone where that is less.
+        own_queries: compute attention of a batch's queries alone where that is less; set for tails of prompts.
 
     """
 
@@ -44,7 +44,7 @@ class TorchAttention(TorchNativeAttnBackend):
         if not (self._needs_ours(layer, sinks) or self.own_queries):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         before, counts = forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist()
-        if not (self._needs_ours(layer, sinks) or _ends_of_prompts(q, layer, before, counts)):
+        if not (self._needs_ours(layer, sinks) or _saves_scores(q, layer, before, counts)):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, sinks, before, counts)
 
@@ -84,8 +84,8 @@ class TorchAttention(TorchNativeAttnBackend):
         return torch.cat(outputs).flatten(1)
 
 
-def _ends_of_prompts(q: Tensor, layer: Any, before: list[int], counts: list[int]) -> bool:
-    """Whether parts are so short that SGLang, which skips scores behind a query, would compute more of them."""
+def _saves_scores(q: Tensor, layer: Any, before: list[int], counts: list[int]) -> bool:
+    """Whether these parts of prompts have fewer scores than SGLang computes, which skips those behind a query."""
     decoder = layer.attn_type == AttentionType.DECODER and not layer.is_cross_attention
     if not decoder or layer.qk_head_dim != layer.v_head_dim or len(q) != sum(counts):
         return False

@@ -65,7 +65,7 @@ class PromptTails:
     def _follow_attention(self, runner: Any) -> None:
         """A part is known to attention by its identity; all batches but tails go to the runner's own backend."""
         whole, tails = runner.attn_backend, runner._get_attention_backend()
-        tails.own_queries = True  # ours on a CPU asks it (cpu/torch_attention.py)
+        tails.own_queries = True  # read by ours on a CPU alone (cpu/torch_attention.py)
         prepare, attend, bind = whole.init_forward_metadata, whole.forward, runner.kv_index_translator.bind_own_plan
 
         def prepared(batch: Any, *args: Any, **kwargs: Any) -> None:

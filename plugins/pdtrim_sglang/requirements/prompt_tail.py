@@ -10,8 +10,6 @@ from pdtrim_deploy.plan import PDPlan
 NEITHER = (
     "enable_two_batch_overlap", "enable_layernorm_sp", "enable_streaming_session", "enable_lmcache", "enable_flexkv",
 )  # fmt: skip
-
-
 REMOTE = ("remote", "remote_instance")  # formats whose weights do not come from the checkpoint's folder
 
 
@@ -30,8 +28,8 @@ def check_two_models(server_args: Any, plan: PDPlan) -> None:
     for option, used in refused.items():
         if used:
             raise RuntimeError(
-                f"pdtrim: {_what(plan)}, whose weights are loaded beside the first model's, and SGLang has this option "
-                f"for those of one model: start prefill without {option}"
+                f"pdtrim: {_reason(plan)}, whose weights are loaded beside the first model's, and SGLang has this "
+                f"option for those of one model: start prefill without {option}"
             )
 
 
@@ -39,7 +37,7 @@ def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
     """Raise RuntimeError for the first option that a plan with a tail cannot be served with."""
     if plan is None or not plan.kv_only_tail:
         return
-    what = _what(plan)
+    what = _reason(plan)
     if server_args.disaggregation_mode == "decode":
         if server_args.disaggregation_decode_enable_radix_cache:
             raise RuntimeError(
@@ -50,7 +48,7 @@ def check_prompt_tail(server_args: Any, plan: PDPlan | None) -> None:
     _check_prefill(server_args, what)
 
 
-def _what(plan: PDPlan) -> str:
+def _reason(plan: PDPlan) -> str:
     return f"the plan runs the last {plan.kv_only_tail} prompt tokens through another model"
 
 
