@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pdtrim_deploy.gpucheck.base import DEVICE_LOST, Part, parse, parse_names
 from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.local.child import Child
 from pdtrim_deploy.local.job import dies_with
 
 GRACE_S = 20.0  # for a part that must end the servers which it started
@@ -55,13 +57,13 @@ def attempt(
     command = [str(python), "-m", f"{__package__}.child", part.function, str(file), str(left), str(len(before))]
     command += [str(serve), str(built)] if serve else []
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = Child(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+            preexec_fn=dies_with(os.getpid()),
         )
         try:
             late, ran = _wait(process, file, end, len(before), hung_s)
@@ -90,7 +92,7 @@ def _ending(code: int, rows: int, checks: int, log: Path) -> str:
     return "ended with exit code 0 before this check was done" if rows < checks else ""
 
 
-def _wait(process: subprocess.Popen[bytes], file: Path, end: float, before: int, hung_s: float) -> tuple[bool, float]:
+def _wait(process: Child[Any], file: Path, end: float, before: int, hung_s: float) -> tuple[bool, float]:
     """Whether it had to be stopped, and how long the check had run that it was in."""
     began, lines = time.monotonic(), 0
     while True:
@@ -118,7 +120,7 @@ def _share(written: Sequence[bytes], before: int, left: float) -> float:
     return left / max(1, len(names) - before - len(written) + 1)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: Child[Any]) -> None:
     """What is left of its process group; servers in groups of their own die with the process that started them."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

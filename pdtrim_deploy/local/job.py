@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.child import Child
 
 PR_SET_PDEATHSIG = 1
 
@@ -44,13 +45,13 @@ def run_job(
     (scratch / "job.json").write_text(json.dumps({**job, "answer": str(answer), "notes": str(notes)}))
     started = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = Child(
             [*command, str(scratch / "job.json")],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=environment,
-            preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+            preexec_fn=dies_with(os.getpid()),
         )
         try:
             memory = _wait(process, notes, note)
@@ -73,7 +74,7 @@ def run_job(
     return Finished(result, round(seconds, 2), memory)
 
 
-def _wait(process: subprocess.Popen[bytes], notes: Path, note: Callable[[str], None]) -> int:
+def _wait(process: Child[Any], notes: Path, note: Callable[[str], None]) -> int:
     """Wait for the end; return the peak memory. wait4's ru_maxrss would include the parent's memory before exec."""
     most, noted, running = 0, 0, True
     while running:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from pdtrim_deploy.local.child import Child
 from pdtrim_deploy.local.job import dies_with
 
 TAIL_BYTES = 64 << 10
@@ -25,7 +26,7 @@ class ServerProcess:
         with log.open("wb") as output:
             output.write(f"$ {' '.join(self.command)}\n".encode())
             output.flush()
-            self._popen = subprocess.Popen(
+            self._popen = Child(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -33,7 +34,7 @@ class ServerProcess:
                 env=dict(env),
                 cwd=log.parent,  # `python -m` puts the working folder on sys.path: it must not hold modules of the user
                 start_new_session=True,
-                preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+                preexec_fn=dies_with(os.getpid()),
             )
         self.pid = self._popen.pid
 

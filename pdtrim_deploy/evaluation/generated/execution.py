@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pdtrim_deploy.local.child import Child
+
 CPU_S, WALL_S = 10, 30.0
 _LIMITED = Path(__file__).with_name("limited.py")
 
@@ -38,7 +40,7 @@ def passes(*parts: str, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> bool:
         file, out = Path(folder, "answer.py"), Path(folder, "stdout")
         file.write_text(_RUNNER.format(parts=texts, end=f"\n{end}\n".encode()), encoding="utf-8")
         with out.open("wb") as stdout:
-            child = subprocess.Popen(
+            child = Child(
                 [sys.executable, "-I", _LIMITED, file, str(cpu_s)],
                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.DEVNULL, start_new_session=True,
                 cwd=folder, env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},

@@ -21,6 +21,7 @@ import yaml
 from pdtrim_deploy.errors import ServingError
 from pdtrim_deploy.evaluation.evals_environment import python
 from pdtrim_deploy.evaluation.generated.base import Answer, GeneratedTask, Question
+from pdtrim_deploy.local.child import Child
 from pdtrim_deploy.local.job import last_line
 
 
@@ -80,7 +81,7 @@ def _run(words: list[str], folder: Path, tell: Callable[[], None]) -> None:
     environment = {name: v for name, v in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "*"}
     with (folder / "log").open("w") as log:
-        child = subprocess.Popen(
+        child = Child(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=folder
         )
         try:

