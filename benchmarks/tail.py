@@ -1,11 +1,10 @@
 """KV-only prefill whose prompts' last tokens run the unchanged model, by the length of this tail -> results/tail.json.
 
-`make bench-tail`. In float32, decode as it was, KV native. One prefill a model: SmolLM2-135M with 12 of 30 blocks that
-make K and V alone, trained as in bench-kvdistil, or Qwen2.5-Coder-0.5B with 6 of 24, by least squares, as in
-bench-generated. No weight depends on the tail, which runs the model's own. Each is judged through both stages with
-every tail, on final texts of four corpora after prompts of several lengths, and by facts inside a prompt that are asked
-for at its end. Losses are written down as they come (out/bench-tail), and the benchmark goes on from there: `--models`,
-`--prompts`, `--tails` choose what a run does.
+`make bench-tail`. In float32, decode as it was, KV native. In each prefill (`PREFILLS`) the last blocks make K and V
+alone, fitted by least squares, or trained too; no weight depends on tails of 128 tokens and more. Each is judged
+through both stages with every tail, on final texts of four corpora after prompts of several lengths, and by facts
+inside a prompt that are asked for at its end. Losses are written down as they come (out/bench-tail), and the benchmark
+goes on from there: `--prefills`, `--prompts`, `--tails` choose what a run does.
 """
 
 from __future__ import annotations
@@ -35,20 +34,25 @@ from pdtrim_deploy.recipe import Recipe
 
 PLACE, UNITS = HERE.parent / "out" / "bench-tail", HERE.parent / "recipes" / "units"
 CORPORA = ("brown", "austen", "code", "agents")
-TRAINED = {"prefill_steps": 128, "learning_rate": 3e-4, "sweep": [1.0, 3.0], "sequences": 320, "fit_sequences": 32}
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "SmolLM2-135M": ("smollm2", "mixed-agents", {"kv_only_blocks": 12} | TRAINED),
-    "Qwen2.5-Coder-0.5B": ("qwen2.5-coder-0.5b", "mixed", {"kv_only_blocks": 6, "sequences": 64}),
+SMOLLM2, CODER = "SmolLM2-135M", "Qwen2.5-Coder-0.5B"
+_MIXED = ("model/smollm2", "calibration/mixed-agents")
+_FITTED = {"kv_only_tail": 128, "sequences": 64}
+PREFILLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "the last 8, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 8}),
+    "the last 12, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 12}),
+    "the last 12, trained": (SMOLLM2, (*_MIXED, "healing/kv-only-12-tail"), {}),
+    "the last 6, fitted": (CODER, ("model/qwen2.5-coder-0.5b", "calibration/mixed"), _FITTED | {"kv_only_blocks": 6}),
 }
-"""By model: its file in recipes/units/model, the calibration text, and the healing section beside least squares."""
-NEEDLE = "needle"
+"""By its KV-only blocks: a model, the units of its recipe, and what its healing section has beside them."""
+NEEDLE, DENSE = "needle", "dense"
+KEY = ("model", "prompt", "corpus", "prefill", "tail")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS, metavar="MODEL")
+    parser.add_argument("--prefills", nargs="+", default=[*PREFILLS], choices=PREFILLS, metavar="PREFILL")
     tails = "tokens that run the unchanged model"
-    parser.add_argument("--tails", type=int, nargs="+", default=[0, 64, 128, 256], help=tails)
+    parser.add_argument("--tails", type=int, nargs="+", default=[64, 128, 256], help=tails)
     parser.add_argument("--prompts", type=int, nargs="+", default=[448, 1920], help="tokens")
     parser.add_argument("--texts", type=int, default=40, help="of each corpus, after prompts of up to 512 tokens")
     parser.add_argument("--long", type=int, default=12, help="the same, after longer prompts")
@@ -57,57 +61,57 @@ def main() -> None:
     options = parser.parse_args()
     note, about = timed_notes(), {name: getattr(options, name) for name in ("texts", "long", "continuation", "needles")}
     log = RowLog(PLACE / "rows.jsonl", about)
-    for model in options.models:
+    for prefill in options.prefills:
         parts = [(prompt, corpus) for prompt in options.prompts for corpus in (*CORPORA, NEEDLE)]
-        tails = [None, *options.tails]  # None: dense
+        model = PREFILLS[prefill][0]
+        plans = [(DENSE, 0), *((prefill, tail) for tail in options.tails)]
         missing = [
-            (prompt, corpus, tail)
+            (prompt, corpus, plan, tail)
             for prompt, corpus in parts
-            for tail in tails
-            if not log.find(model=model, prompt=prompt, corpus=corpus, tail=tail)
+            for plan, tail in plans
+            if not log.find(model=model, prompt=prompt, corpus=corpus, prefill=plan, tail=tail)
         ]
         if missing:
-            bench = _Bench(model, about)
-            for prompt, corpus, tail in missing:
-                log.append(bench.row(prompt, corpus, tail))
-                note(f"{model}: {corpus} after {prompt} tokens, tail {tail}")
+            bench = _Bench(prefill, about)
+            for prompt, corpus, plan, tail in missing:
+                log.append(bench.row(prompt, corpus, plan, tail))
+                note(f"{model}: {corpus} after {prompt} tokens, {plan}, tail {tail}")
             bench.forget()
     kept = [row for row in committed(HERE / "results" / "tail.json", options, about) if row not in log.rows]
-    known = {(row["model"], row["prompt"], row["corpus"], row["tail"]) for row in log.rows}
-    kept = [row for row in kept if (row["model"], row["prompt"], row["corpus"], row["tail"]) not in known]
-    options.__dict__.update(dict.fromkeys(("models", "tails", "prompts")))
+    known = {tuple(row[name] for name in KEY) for row in log.rows}
+    kept = [row for row in kept if tuple(row[name] for name in KEY) not in known]
+    options.__dict__.update(dict.fromkeys(("prefills", "tails", "prompts")))
     print(write("tail", options, [*kept, *log.rows]))
 
 
 class _Bench:
     """One pair, whose prefill runs tails of any length."""
 
-    def __init__(self, model: str, about: dict[str, int]) -> None:
-        unit, text, section = MODELS[model]
-        units = [str(UNITS / "model" / f"{unit}.yaml"), str(UNITS / "calibration" / f"{text}.yaml")]
-        healing = {"compensation": "least-squares", "kv_only_tail": 1} | section
+    def __init__(self, prefill: str, about: dict[str, int]) -> None:
+        self._model, names, healing = PREFILLS[prefill]
+        self._about, self._cache = about, Cache.default()
+        self._folder = PLACE / f"bundle-{[*PREFILLS].index(prefill)}"
         PLACE.mkdir(parents=True, exist_ok=True)
-        file = PLACE / "recipe.yaml"
+        file, units = PLACE / "recipe.yaml", [str(UNITS / f"{name}.yaml") for name in names]
         file.write_text(json.dumps({"include": units, "name": "tail", "kv": {"method": "none"}, "healing": healing}))
-        self._model, self._about, self._cache, self._folder = model, about, Cache.default(), PLACE / f"bundle-{unit}"
         bundle = built(Recipe.load(file), self._folder)
         self._oracle = oracle_of(bundle, lambda _: None, None)
         self._tokenizer = load_tokenizer(bundle.prefill_dir)
         self._which = [bundle.plan.prefill_layers[layer] for layer in bundle.plan.kv_only_layers]
 
-    def row(self, prompt: int, corpus: str, tail: int | None) -> dict[str, Any]:
+    def row(self, prompt: int, corpus: str, plan: str, tail: int) -> dict[str, Any]:
         """Losses of each text, nats a token, or which needles are right."""
-        oracle, share = self._with(tail), 1.0 if tail is None else self._with(tail).plan.prefill_share(prompt)
-        row = {"model": self._model, "prompt": prompt, "corpus": corpus, "tail": tail, "which": self._which}
-        row |= {"share": share, "commit": commit(), "machine": machine()["cpu"]}
+        oracle = self._oracle if plan != DENSE else self._dense()
+        if plan != DENSE:
+            oracle = PDOracle(oracle.prefill_model, oracle.decode_model, oracle.plan.with_parts(kv_only_tail=tail))
+        row = {"model": self._model, "prompt": prompt, "corpus": corpus, "prefill": plan, "tail": tail}
+        row |= {"which": [] if plan == DENSE else self._which, "share": oracle.plan.prefill_share(prompt)}
+        row |= {"commit": commit(), "machine": machine()["cpu"]}
         return row | (self._needles(oracle, prompt) if corpus == NEEDLE else self._losses(oracle, prompt, corpus))
 
-    def _with(self, tail: int | None) -> PDOracle:
-        oracle = self._oracle
-        if tail is None:
-            return PDOracle(oracle.decode_model, oracle.decode_model, PDPlan.dense(oracle.plan.model))
-        plan = oracle.plan.with_parts(kv_only_tail=tail)
-        return PDOracle(oracle.prefill_model, oracle.decode_model, plan)
+    def _dense(self) -> PDOracle:
+        decode = self._oracle.decode_model
+        return PDOracle(decode, decode, PDPlan.dense(self._oracle.plan.model))
 
     def _losses(self, oracle: PDOracle, prompt: int, corpus: str) -> dict[str, Any]:
         documents = registry.load(corpus, self._cache).split("final")

@@ -62,6 +62,8 @@ def _section(section: HealingSection) -> dict[str, Any]:
     """What the section decides of the weights, without what is done once KV is chosen."""
     decides = section.decides(trains=section.trains)
     kept = {name: value for name, value in decides.items() if name not in ("kv_steps", "kv_only_tail")}
+    if section.kv_only_tail:
+        kept["judged_from"] = section.judged_from(section.length) if section.trains else None
     kept |= {"rescaled": _RESCALED} if section.compensation == "norm" else {}
     return kept | ({"training": _TRAINING} if section.trains else {})
 
@@ -182,7 +184,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     model = context.model if section.trains and _holds_model(context) else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
-        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note)
+        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note, with_tail=section.kv_only_tail > 0)
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
         pair = fit_kv_only(pair, alone, few, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
@@ -190,7 +192,8 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
         if not blocks_lost and not pair.plan.kept_experts(stage):
             continue  # nothing was lost
-        if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, few, report):
+        for_kv = stage == "prefill" and section.kv_only_tail  # its own output is not served: nothing makes up for it
+        if blocks_lost and not for_kv and section.compensation != "none" and _helps(context, pair, stage, few, report):
             mend = get_compensation(section.compensation, FitRules.of(section)).compensate
             pair = mend(pair, stage, few, context.note)
             if stage == "prefill" and pair.plan.kv_only_layers:

@@ -19,7 +19,7 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     """Likely operations of compensation and KV-only blocks (`training_costs`: of training)."""
     pruning, healing = recipe.pruning, recipe.healing
     tokens, flops = healing.fitted * healing.length, 0.0
-    prefill_loses = pruning.prefill_loses or healing.kv_only_blocks
+    prefill_loses = pruning.prefill_loses or (healing.kv_only_blocks and not healing.kv_only_tail)
     stages = [(pruning.prefill_blocks, prefill_loses), (pruning.decode_blocks, pruning.decode_loses)]
     for removed, lost in stages[:1] if recipe.stages == "unified" else stages:
         if lost and healing.compensation != "none":
@@ -28,9 +28,9 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     if healing.prompt_share and pruning.decode_loses:  # decode reads the prompts too
         flops += 2 * sizes.active * tokens * (sizes.blocks - pruning.decode_blocks)
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
-        ranked = min(RANKED, healing.fitted) * healing.length
+        ranked = 0 if healing.kv_only_tail else min(RANKED, healing.fitted) * healing.length
         flops += sizes.active * ranked * sizes.blocks * (sizes.blocks + 1)
-        fits = 1 if healing.compensation == "none" else 2
+        fits = 1 if healing.compensation == "none" or healing.kv_only_tail else 2
         flops += fits * 4 * sizes.active * tokens * sizes.blocks  # of their K and V, behind both models
     if recipe.target is not None:  # K and V of blocks that it may leave for these alone, behind both models
         text = tokens if healing.enabled else recipe.calibration.sequences * recipe.calibration.length

@@ -140,8 +140,8 @@ class _Costs:
         kept = healing.kv_only_blocks * alone * self.item
         maps = sizes.blocks * sizes.inner * sizes.hidden * self.item
         maps = maps if healing.compensation == "least-squares" else 0
-        ranked = 0
-        if healing.kv_only_blocks:  # a batch's states without each candidate (`pruning.kv_only.rank`)
+        ranked, ranks = 0, healing.kv_only_blocks and not healing.kv_only_tail
+        if ranks:  # a batch's states without each candidate (`pruning.kv_only.rank`)
             ranked = sizes.blocks * min(_RANKED, healing.fitted) * healing.length * sizes.hidden * self.item
         student = 16 * sizes.block if recipe.students.steps else 0
         running = self._running(min(8, healing.sequences), healing.length)

@@ -31,10 +31,14 @@ from pdtrim_deploy.recipe.healing import RANKED
 _CHECKED = 8  # one batch in so many chooses the penalty
 
 
-def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+def make_kv_only(
+    pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None, *, with_tail: bool = False
+) -> StagePair:
     """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
 
-    The first `RANKED` sequences rank.
+    The first `RANKED` sequences rank. `with_tail`, where a prompt's last tokens run the unchanged model, it is the last
+    blocks instead (as in SwiftKV, arXiv:2410.03960): their output is never served, and all their K and V are fitted on
+    one hidden state, which is the dense model's own.
 
     Raises:
         UserError: there are not so many blocks that both stages keep; a loss that is not a number.
@@ -45,7 +49,8 @@ def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress =
         raise UserError(
             f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
         )
-    return fit_kv_only(pair, rank(pair, ids[:RANKED], progress)[:blocks], ids, progress)
+    chosen = open_to[-blocks:] if with_tail else rank(pair, ids[:RANKED], progress)[:blocks]
+    return fit_kv_only(pair, chosen, ids, progress)
 
 
 @torch.no_grad()

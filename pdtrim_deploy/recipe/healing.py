@@ -68,10 +68,11 @@ class HealingSection(Section):
 
     Attributes:
         kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss
-            on 16 sequences at most. `prefill_steps` then train prefill by what decode predicts behind its KV.
+            on 16 sequences at most; with a tail, the last ones. `prefill_steps` then train prefill by what decode
+            predicts behind its KV.
         kv_only_tail: the last tokens of each prompt, which run the unchanged model: all blocks, its own weights. On
             prompts much longer than that prefill saves almost as much, and loses less. Prefill holds both sets of
-            weights, equal tensors once. Neither fits nor training depend on it.
+            weights, equal tensors once. What is predicted within its tokens does not count in training.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` (or
@@ -178,6 +179,13 @@ class HealingSection(Section):
     def fitted(self) -> int:
         """Number of sequences, the first of the text, that fits without gradients read."""
         return self.sequences if self.fit_sequences is None else self.fit_sequences
+
+    def judged_from(self, length: int) -> int:
+        """The first position behind a prompt that counts in training of KV-only prefill, of `length` / 2.
+
+        Those within a tail do not count, which no client sees; half of them do, whatever the tail.
+        """
+        return min(self.kv_only_tail, length // 4)
 
     def decides(self, *, trains: bool) -> dict[str, Any]:
         """What weights depend on, as JSON; where gradients make them, with the values of training, defaults too."""

@@ -206,22 +206,23 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
 
 
 def tail_rows(losses, prompts=(448, 1920), corpora=("brown", "austen", "code", "agents")):
-    about = {"model": "SmolLM2-135M", "which": [3, 5], "share": 0.64, "commit": "abc"}
+    about = {"model": "SmolLM2-135M", "share": 0.64, "commit": "abc"}
     for prompt in prompts:
-        for tokens, loss in losses.items():
-            row = about | {"prompt": prompt, "tail": tokens}
+        for (prefill, tokens), loss in losses.items():
+            row = about | {"prompt": prompt, "prefill": prefill, "tail": tokens}
             yield from (row | {"corpus": corpus, "nll": [loss + 0.01 * at, loss]} for at, corpus in enumerate(corpora))
-            yield row | {"corpus": "needle", "right": [1, 0, int(tokens is None)]}
+            yield row | {"corpus": "needle", "right": [1, 0, int(prefill == "dense")]}
 
 
 def test_tails_beside_dense_where_everything_was_judged(tool):
-    options = {"texts": 2, "long": 2, "continuation": 8}
-    rows = [*tail_rows({None: 3.0, 0: 3.05, 64: 3.02}), *tail_rows({128: 3.0}, corpora=("brown",))]
+    options, prefill = {"texts": 2, "long": 2, "continuation": 8}, "the last 2"
+    whole = {("dense", 0): 3.0, (prefill, 32): 3.05, (prefill, 64): 3.02}
+    rows = [*tail_rows(whole), *tail_rows({(prefill, 128): 3.0}, corpora=("brown",))]
     text = tool.TABLES["tail"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
     same = "5.1% ± 0.0%"
-    blocks = "SmolLM2-135M (Q4_1), 2 KV-only blocks"
-    assert f"| {blocks} | 448 | none | 0.64 | {same} | {same} | {same} | {same} | {same} | 1 of 3, 2 |" in text
-    assert f"| {blocks} | 1,920 | 64 | 0.64 | 2.0% ± 0.0% |" in text
+    about = f"SmolLM2-135M (Q4_1) | {prefill}"
+    assert f"| {about} | 448 | 32 | 0.64 | {same} | {same} | {same} | {same} | {same} | 1 of 3, 2 |" in text
+    assert f"| {about} | 1,920 | 64 | 0.64 | 2.0% ± 0.0% |" in text
     assert "| 128 |" not in text
 
 

@@ -9,17 +9,19 @@ from typing import Any
 
 from tables.base import commits, paired, precision, ratio, rise, table, where
 
+DENSE = "dense"
 CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
 Rows = dict[Any, dict[str, Any]]
 """By corpus, or `needle`."""
 
 
 def tail(data: dict[str, Any] | None) -> str:
-    """By model, prompt length and tail; plans that were not judged on everything are left out."""
+    """By model, prompt length, prefill and tail; plans that were not judged on everything are left out."""
     if data is None:
         return "Not measured yet: `make bench-tail` writes it."
     lines = [_line(*key, rows, dense) for *key, rows, dense in judged(data)]
-    head = ("model", "prompt tokens", "tail", "prefill's work", *CORPORA.values(), "all", "needles, dense")
+    about = ("model", "KV-only blocks", "prompt tokens", "tail", "prefill's work")
+    head = (*about, *CORPORA.values(), "all", "needles, dense")
     options = data["options"]
     text = (
         f"{options['texts']} continuations of {options['continuation']} tokens of each corpus' final split after "
@@ -55,15 +57,15 @@ def ttft(data: dict[str, Any] | None) -> str:
     return table(head, rows) + where(data["environment"], text)
 
 
-def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, int, Rows, Rows]]:
-    """Model, prompt tokens, tail, its rows and dense's, of everything that was judged whole."""
-    grouped: dict[tuple[str, int, int | None], Rows] = {}
+def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, str, int, Rows, Rows]]:
+    """Model, prompt tokens, prefill, tail, its rows and dense's, of everything that was judged whole."""
+    grouped: dict[tuple[str, int, str, int], Rows] = {}
     for row in data["rows"]:
-        grouped.setdefault((row["model"], row["prompt"], row["tail"]), {})[row["corpus"]] = row
+        grouped.setdefault((row["model"], row["prompt"], row["prefill"], row["tail"]), {})[row["corpus"]] = row
     whole = {key: rows for key, rows in grouped.items() if {*CORPORA, "needle"} <= rows.keys()}
-    for (model, prompt, tokens), rows in sorted(whole.items(), key=lambda item: (*item[0][:2], item[0][2] or 0)):
-        if tokens is not None and (dense := whole.get((model, prompt, None))):
-            yield model, prompt, tokens, rows, dense
+    for (model, prompt, prefill, tokens), rows in sorted(whole.items()):
+        if prefill != DENSE and (dense := whole.get((model, prompt, DENSE, 0))):
+            yield model, prompt, prefill, tokens, rows, dense
 
 
 def of_all(rows: Rows, dense: Rows) -> str:
@@ -73,10 +75,10 @@ def of_all(rows: Rows, dense: Rows) -> str:
     return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
 
 
-def _line(model: str, prompt: int, tokens: int, rows: Rows, dense: Rows) -> tuple[object, ...]:
+def _line(model: str, prompt: int, prefill: str, tokens: int, rows: Rows, dense: Rows) -> tuple[object, ...]:
     losses = [rise(rows[corpus]["nll"], dense[corpus]["nll"]) for corpus in CORPORA]
     right, of_dense = (sum(part["needle"]["right"]) for part in (rows, dense))
     needles = f"{right} of {len(rows['needle']['right'])}, {of_dense}"
     work = f"{rows['brown']['share']:.2f}"
-    blocks = f"{model} ({precision(model)}), {len(rows['brown']['which'])} KV-only blocks"
-    return blocks, f"{prompt:,}", tokens or "none", work, *losses, of_all(rows, dense), needles
+    about = (f"{model} ({precision(model)})", prefill, f"{prompt:,}", tokens, work)
+    return *about, *losses, of_all(rows, dense), needles

@@ -88,7 +88,7 @@ def heal(
         prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
     text = Split.of(ids, chooses=section.tries(steps) or section.regression > 0)
     note(f"healing {stage}: KL from the dense model on {len(text.judged)} held-out sequences")
-    before = _reader(pair, stage, ids, prompt_kv).divergences(text.judged, section.batch)
+    before = _reader(pair, stage, ids, section, prompt_kv).divergences(text.judged, section.batch)
     model, layers = trained_model(pair, stage), pair.plan.layers(stage)
     names = learnt(pair, stage, model)
     weights: Weights = (
@@ -97,13 +97,13 @@ def heal(
         else FullWeights(model, layers, names)
     )
     recomputes = section.gradient_checkpointing or folder is not None
-    reader = _reader(pair, stage, ids, prompt_kv, model, recomputes)
+    reader = _reader(pair, stage, ids, section, prompt_kv, model, recomputes)
     learns = [bool(of_layer) and pair.adds(stage, block) for of_layer, block in zip(names, layers, strict=True)]
     losses = HiddenLoss(StageReader(pair, stage, model, prompt_kv, recomputes), learns), LogitLoss(reader)
     trainer = Trainer(stage, weights, reader, losses, text, steps, section, file or StateFile(), note, clock)
     training = trainer.train()
     healed = pair.with_changes(stage, weights.tensors())
-    after = _reader(healed, stage, ids, prompt_kv).divergences(text.judged, section.batch)
+    after = _reader(healed, stage, ids, section, prompt_kv).divergences(text.judged, section.batch)
     test = PairedTest.of(before, after)
     note(
         f"healing {stage}: KL from the dense model {test.before:.4f} -> {test.after:.4f} nats, difference "
@@ -130,6 +130,7 @@ def _reader(
     pair: StagePair,
     stage: Stage,
     ids: Tensor,
+    section: HealingSection,
     prompt_kv: PromptKV | None,
     model: CausalLM | None = None,
     recomputes: bool = False,
@@ -137,5 +138,6 @@ def _reader(
     """Of `model`, by default the stage as `pair` has it: with the weights that would be written."""
     model = model or trained_model(pair, stage)
     if stage == "prefill" and pair.plan.kv_only_layers:
-        return PairReader(pair, model, ids.shape[1] // 2, recomputes)
+        length = ids.shape[1]
+        return PairReader(pair, model, length // 2, recomputes, section.judged_from(length))
     return StageReader(pair, stage, model, prompt_kv, recomputes)

@@ -24,29 +24,32 @@ class PairReader(Reader):
     Args:
         model: the prefill stage that is trained; decode is that of `pair`, as it is.
         prompt: tokens of each prompt.
+        judged_from: of these states, the first that counts; from 1 on, none is prefill's.
         recomputes: as in `StageReader`; of prefill's layers and of those that read their KV.
 
     """
 
-    def __init__(self, pair: StagePair, model: CausalLM, prompt: int, recomputes: bool = False) -> None:
+    def __init__(
+        self, pair: StagePair, model: CausalLM, prompt: int, recomputes: bool = False, judged_from: int = 0
+    ) -> None:
         super().__init__(pair.model, model)
         self._decode, self._sources, self._prompt = Blockwise(pair.stage("decode")), pair.plan.kv_sources, prompt
         self._adds = [pair.adds("prefill", block) for block in pair.plan.prefill_layers]
-        self._recomputes = recomputes
+        self._recomputes, self._judged_from = recomputes, judged_from
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """As in `Reader`: `[batch, T - prompt, hidden]`, from the prompt's last token to the last but one."""
+        """As in `Reader`: `[batch, T - prompt - judged_from, hidden]`, to the last token but one."""
         run = PDRun(self.runner, self._decode, self._sources, [ids], self._prompt)
         while run.prefill.running:
             run = self._advanced(run)
         prompt, more = _states(run)
-        return torch.cat((prompt[:, -1:], more.to(prompt.device)), dim=1)
+        return torch.cat((prompt[:, -1:], more.to(prompt.device)), dim=1)[:, self._judged_from :]
 
     @torch.no_grad()
     def dense_hidden(self, ids: Tensor) -> Tensor:
         """As in `Reader`."""
         (hidden,) = LayerRun(self.dense, [ids[:, :-1]]).finish()
-        return hidden[:, self._prompt - 1 :]
+        return hidden[:, self._prompt - 1 + self._judged_from :]
 
     def _advanced(self, run: PDRun) -> PDRun:
         """`run` past prefill's next layer."""
