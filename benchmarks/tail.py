@@ -65,11 +65,14 @@ def main() -> None:
         parts = [(prompt, corpus) for prompt in options.prompts for corpus in (*CORPORA, NEEDLE)]
         model = PREFILLS[prefill][0]
         plans = [(DENSE, 0), *((prefill, tail) for tail in options.tails)]
+        kept = committed(HERE / "results" / "tail.json", options, about)
+        dense = {(row["model"], row["prompt"], row["corpus"]) for row in kept if row["prefill"] == DENSE}
         missing = [
             (prompt, corpus, plan, tail)
             for prompt, corpus in parts
             for plan, tail in plans
             if not log.find(model=model, prompt=prompt, corpus=corpus, prefill=plan, tail=tail)
+            and (plan != DENSE or (model, prompt, corpus) not in dense)
         ]
         if missing:
             bench = _Bench(prefill, about)
