@@ -21,7 +21,7 @@ from __results import HERE, commit, committed, write
 from pdtrim_deploy.bundle.environment import machine
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.corpora import registry
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import windows
 from pdtrim_deploy.evaluation.perplexity import BATCH
 from pdtrim_deploy.evaluation.tasks import Setting, needle
 from pdtrim_deploy.local.cache import Cache
@@ -119,12 +119,12 @@ class _Bench:
     def _losses(self, oracle: PDOracle, prompt: int, corpus: str) -> dict[str, Any]:
         documents = registry.load(corpus, self._cache).split("final")
         count = self._about["texts" if prompt <= 512 else "long"]
-        ids = sequences(documents, self._tokenizer, count, prompt + self._about["continuation"], 0)
+        texts = windows(documents, self._tokenizer, count, prompt + self._about["continuation"], 0)
         losses: list[float] = []
-        for part in ids.split(BATCH):
+        for part in texts.ids.split(BATCH):
             scored = sequence_nll(oracle.score(oracle.prefill(part[:, :prompt]), part[:, prompt:]))
             losses += [round(nll, 6) for nll in scored.tolist()]
-        return {"nll": losses}
+        return {"nll": losses, "documents": list(texts.documents)}
 
     def _needles(self, oracle: PDOracle, prompt: int) -> dict[str, Any]:
         documents = registry.load("brown", self._cache).split("final")

@@ -4,7 +4,9 @@ import importlib
 import json
 import re
 import sys
+from math import sqrt
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -210,7 +212,10 @@ def tail_rows(losses, prompts=(448, 1920), corpora=("brown", "austen", "code", "
     for prompt in prompts:
         for (prefill, tokens), loss in losses.items():
             row = about | {"prompt": prompt, "prefill": prefill, "tail": tokens}
-            yield from (row | {"corpus": corpus, "nll": [loss + 0.01 * at, loss]} for at, corpus in enumerate(corpora))
+            yield from (
+                row | {"corpus": corpus, "nll": [loss + 0.01 * at, loss], "documents": [0, 1]}
+                for at, corpus in enumerate(corpora)
+            )
             yield row | {"corpus": "needle", "right": [1, 0, int(prefill == "dense")]}
 
 
@@ -224,6 +229,14 @@ def test_tails_beside_dense_where_everything_was_judged(tool):
     assert f"| {about} | 448 | 32 | 0.64 | {same} | {same} | {same} | {same} | {same} | 1 of 3, 2 |" in text
     assert f"| {about} | 1,920 | 64 | 0.64 | 2.0% ± 0.0% |" in text
     assert "| 128 |" not in text
+
+
+def test_texts_of_one_document_count_as_one(tool):
+    losses, others, paired = [3.0, 3.2, 3.1, 3.5], [2.9, 3.0, 3.0, 3.0], sys.modules["tables.base"].paired
+    each, alike = (paired(losses, others, documents) for documents in ((), (0, 1, 2, 3)))
+    assert each == alike == (pytest.approx(0.225), pytest.approx(stdev([0.1, 0.2, 0.1, 0.5]) / 2))
+    _, twos = paired(losses, others, (0, 0, 1, 1))  # their means are 0.15 and 0.3
+    assert twos == pytest.approx(stdev([0.15, 0.3]) / sqrt(2))
 
 
 def kvdistil_row(corpus, loss, split="final", kv="native", commit="abc", **setting):

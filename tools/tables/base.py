@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import exp, sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -29,9 +29,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def rise(losses: Sequence[float], dense: Sequence[float]) -> str:
+def rise(losses: Sequence[float], dense: Sequence[float], documents: Sequence[int] = ()) -> str:
     """Rise of perplexity, and its standard error, from losses of the same sequences, nats a token: `4.2% ± 0.8%`."""
-    mean, error = paired(losses, dense)
+    mean, error = paired(losses, dense, documents)
     return f"{exp(mean) - 1:.1%} ± {exp(mean) * error:.1%}"
 
 
@@ -52,10 +52,17 @@ def tie(mean: float, error: float) -> str:
     return " (tie)" if abs(mean) <= 2 * error else ""
 
 
-def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of losses of the same sequences, and its standard error."""
+def paired(losses: Sequence[float], others: Sequence[float], documents: Sequence[int] = ()) -> tuple[float, float]:
+    """Mean difference of losses of the same sequences, and its standard error.
+
+    Sequences with the same number in `documents` are of one document, which counts as a whole; without, each by itself.
+    """
     differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    return fmean(differences), stdev(differences) / sqrt(len(differences))
+    mean, strayed = fmean(differences), dict[int, float]()
+    for document, difference in zip(documents or range(len(differences)), differences, strict=True):
+        strayed[document] = strayed.get(document, 0.0) + difference - mean
+    squares = sum(total**2 for total in strayed.values())
+    return mean, sqrt(squares * len(strayed) / (len(strayed) - 1)) / len(differences)
 
 
 def where(environment: dict[str, Any], *more: str, model: str = SMOLLM2) -> str:

@@ -26,8 +26,8 @@ def tail(data: dict[str, Any] | None) -> str:
     text = (
         f"{options['texts']} continuations of {options['continuation']} tokens of each corpus' final split after "
         f"prompts of up to 512 tokens, {options['long']} after longer ones; rise of perplexity over dense, ± one "
-        "paired standard error; all: geometric mean of the four; prefill's work: of the blocks' of the unpruned model, "
-        "by arithmetic; needles: facts inside a prompt that are answered right"
+        "paired standard error, texts of one document counted as one; all: geometric mean of the four; prefill's "
+        "work: of the blocks' of the unpruned model, by arithmetic; needles: facts inside a prompt that are answered right"
     )
     used = commits(row["commit"] for row in data["rows"])
     return table(head, lines) + where(data["environment"], text, used, model="")
@@ -70,13 +70,18 @@ def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, str, int, Rows, Row
 
 def of_all(rows: Rows, dense: Rows) -> str:
     """Geometric mean of the ratios of the corpora, each of the same weight: `4.2% ± 0.8%`."""
-    means, errors = zip(*(paired(rows[corpus]["nll"], dense[corpus]["nll"]) for corpus in CORPORA), strict=True)
+    means, errors = zip(*(paired(*_losses(rows, dense, corpus)) for corpus in CORPORA), strict=True)
     ratio = exp(fmean(means))
     return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
 
 
+def _losses(rows: Rows, dense: Rows, corpus: str) -> tuple[list[float], list[float], list[int]]:
+    """Both plans' losses of each text, and which texts are of one document."""
+    return rows[corpus]["nll"], dense[corpus]["nll"], rows[corpus]["documents"]
+
+
 def _line(model: str, prompt: int, prefill: str, tokens: int, rows: Rows, dense: Rows) -> tuple[object, ...]:
-    losses = [rise(rows[corpus]["nll"], dense[corpus]["nll"]) for corpus in CORPORA]
+    losses = [rise(*_losses(rows, dense, corpus)) for corpus in CORPORA]
     right, of_dense = (sum(part["needle"]["right"]) for part in (rows, dense))
     needles = f"{right} of {len(rows['needle']['right'])}, {of_dense}"
     work = f"{rows['brown']['share']:.2f}"
