@@ -27,7 +27,7 @@ def tail(data: dict[str, Any] | None) -> str:
         f"{options['texts']} continuations of {options['continuation']} tokens of each corpus' final split after "
         f"prompts of up to 512 tokens, {options['long']} after longer ones; rise of perplexity over dense, ± one "
         "paired standard error, texts of one document counted as one; all: geometric mean of the four; prefill's "
-        "work: of the blocks' of the unpruned model, by arithmetic; needles: facts inside a prompt that are answered right"
+        "work: of the blocks' of the unpruned model, by arithmetic; needles: facts inside a prompt that were found"
     )
     used = commits(row["commit"] for row in data["rows"])
     return table(head, lines) + where(data["environment"], text, used, model="")
