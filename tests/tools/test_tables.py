@@ -183,6 +183,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     more = rows_of(("SmolLM2-135M", "brown", "int4", "scaled", 1.002), (qwen, "brown", "int4", "scaled", 1.004))
     sources["wire"] = {"rows": [*rows, *more]}
     right = {"dense": [1, 1, 1], "uniform k4v3": [1, 0, 1], "6 of 24 blocks K and V alone in prefill": [0, 0, 1]}
+    right |= {"6 of 24 blocks K and V alone in prefill, tail of 64 tokens": [1, 1, 0]}
     answers = [{"plan": plan, "task": "humaneval", "right": values} for plan, values in right.items()]
     sources["generated"] = {"rows": [*answers, {"plan": "uniform int4", "task": "gsm8k", "right": [1]}]}
     judged = {"uniform int4": 1.002, "uniform k4v3": 1.006, "KV-only prefill, tail": 1.03}
@@ -201,9 +202,10 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     cost = f"SmolLM2-135M: {kinds.format('0.60% ± 0.10%')}; Qwen2.5-Coder-0.5B: 1.5% ± 0.1% on prose"
     cost += "; it solves 2 of HumanEval's 3 problems"
     assert f"| {cost}, dense 3 |" in text
-    assert f"| after 448 prompt tokens {kinds.format('3.00% ± 0.10%')}, " in text
+    assert f"| after 448 prompt tokens {kinds.format('3.00% ± 0.10%')}; after 1,920" in text
     alone = "With 6 of 24 blocks KV-only, not trained, Qwen2.5-Coder-0.5B solves 1 of HumanEval's 3 problems, dense 3"
     assert alone in text
+    assert alone.replace("KV-only,", "KV-only, tail of 64 tokens,").replace("solves 1", "solves 2") in text
     assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
 
 

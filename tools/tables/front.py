@@ -51,7 +51,7 @@ def switches(
             ", ".join(f"{costs[corpus]} on {name}" for corpus, name in CORPORA.items()) + _alone_answers(generated),
             "[blocks](docs/benchmarks/blocks.md)",
         ),
-        _tail(tail, ttft, quality),
+        _tail(tail, ttft, quality, generated),
         (
             f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
             f"{interval(claims['ratios'], 'output tokens/s')} times the output tokens/s, "
@@ -72,7 +72,7 @@ def switches(
     return table(("switch", "saves", "costs", "measured"), body) + caption
 
 
-def _tail(tail: Data, ttft: Data, quality: Data) -> tuple[str, str, str, str]:
+def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, str, str, str]:
     """The row of units/healing/kv-only-12-tail.yaml, at every prompt length whose TTFT was measured."""
     ours = {prompt: pair for _, prompt, prefill, tokens, *pair in judged(tail) if (prefill, tokens) == (_LAST, _TAIL)}
     saved, costs, right = [], [], []
@@ -89,7 +89,8 @@ def _tail(tail: Data, ttft: Data, quality: Data) -> tuple[str, str, str, str]:
         f"KV-only prefill with a tail: the last 12 of 30 blocks compute only K and V, but the last {_TAIL} tokens of a "
         "prompt run the unchanged model: `include: [units/healing/kv-only-12-tail.yaml]`",
         f"TTFT over dense's: {', '.join(saved)} prompt tokens (95% interval)",
-        f"{'; '.join(costs)}; facts hidden in a prompt that were found: {'; '.join(right)}",
+        f"{'; '.join(costs)}; facts hidden in a prompt that were found: {'; '.join(right)}"
+        f"{_alone_answers(generated, 'tokens')}",
         "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
     )
 
@@ -141,14 +142,14 @@ def _more(wire: Data) -> str:
     return "".join(f"; {weights(name)}" for name in names)
 
 
-def _alone_answers(generated: Data) -> str:
-    """What a model with KV-only blocks in prefill still answers; empty where that was not measured."""
+def _alone_answers(generated: Data, ending: str = "in prefill") -> str:
+    """What a model with KV-only blocks still answers, by the end of its plan's name; empty where not measured."""
     right = {row["plan"]: row["right"] for row in generated["rows"] if row["task"] == "humaneval"}
     return "".join(
         f". **With {plan.replace('K and V alone in prefill', 'KV-only')}, not trained, Qwen2.5-Coder-0.5B solves "
         f"{sum(answers)} of HumanEval's {len(answers)} problems, dense {sum(right['dense'])}**"
         for plan, answers in right.items()
-        if plan.endswith("K and V alone in prefill")
+        if "K and V alone" in plan and plan.endswith(ending)
     )
 
 
