@@ -5,7 +5,7 @@ SERVE = .venv/serve/bin
 DOCS = .venv/docs/bin
 RECIPE ?= recipes/smollm2-demo.yaml
 OUT ?= out/demo
-HEADLINE = --requests 32 --rounds 8 --prompt-tokens 512 --output-tokens 32 --link none
+HEADLINE = --requests 12 --rounds 8 --prompt-tokens 512 --output-tokens 32 --link none
 CLAIMS = --requests 64 --rounds 8 --output-tokens 64 --concurrency 4 --link none
 # For the page of `demo`: committed results, where they stand.
 PAGE = $(addprefix --pareto ,$(wildcard benchmarks/results/kv.json)) $(addprefix --faults ,$(wildcard benchmarks/results/faults.json))
