@@ -19,7 +19,7 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     """Likely operations of compensation and KV-only blocks (`training_costs`: of training)."""
     pruning, healing = recipe.pruning, recipe.healing
     tokens, flops = healing.fitted * healing.length, 0.0
-    prefill_loses = pruning.prefill_loses or (healing.kv_only_blocks and not healing.kv_only_tail)
+    prefill_loses = pruning.prefill_loses or (0 if healing.kv_only_tail else healing.kv_only_blocks)
     stages = [(pruning.prefill_blocks, prefill_loses), (pruning.decode_blocks, pruning.decode_loses)]
     for removed, lost in stages[:1] if recipe.stages == "unified" else stages:
         if lost and healing.compensation != "none":

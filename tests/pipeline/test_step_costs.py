@@ -89,6 +89,8 @@ def test_operations_of_blocks_for_k_and_v_alone_count_their_fits() -> None:
     assert heal_flops(recipe, sizes) == ranked + both
     refit = 2 * through * 4 + sizes.fit_flops * 16 * 256 * 8
     assert heal_flops(fitted, sizes) == pytest.approx(ranked + 2 * both + refit)
+    tailed = fitted.changed("test", "healing", kv_only_tail=64)  # the last ones, and nothing behind them to refit
+    assert heal_flops(tailed, sizes) == both
 
 
 @pytest.mark.parametrize(
