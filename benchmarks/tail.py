@@ -1,10 +1,11 @@
 """KV-only prefill whose prompts' last tokens run the unchanged model, by the length of this tail -> results/tail.json.
 
 `make bench-tail`. In float32, decode as it was, KV native. In each prefill (`PREFILLS`) the last blocks make K and V
-alone, fitted by least squares, or trained too; no weight depends on tails of 128 tokens and more. Each is judged
-through both stages with every tail, on final texts of four corpora after prompts of several lengths, and by facts
-inside a prompt that are asked for at its end. Losses are written down as they come (out/bench-tail), and the benchmark
-goes on from there: `--prefills`, `--prompts`, `--tails` choose what a run does.
+alone, fitted by least squares, or trained too, as a recipe with a tail of 128 tokens has them. Each is judged through
+both stages with every tail, on final texts of four corpora after prompts of several lengths, and by facts inside a
+prompt that are asked for at its end. Losses are written down as they come (out/bench-tail), and the benchmark goes on
+from there: `--prefills`, `--prompts`, `--tails` choose what a run does. Dense rows of the committed file are not judged
+again.
 """
 
 from __future__ import annotations
@@ -59,14 +60,16 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=128, help="tokens judged after the prompt")
     parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")
     options = parser.parse_args()
+    if min(options.tails) < 1:
+        parser.error("--tails: at least 1; without a tail prefill's last blocks make its first token")
     note, about = timed_notes(), {name: getattr(options, name) for name in ("texts", "long", "continuation", "needles")}
     log = RowLog(PLACE / "rows.jsonl", about)
+    kept = committed(HERE / "results" / "tail.json", options, about)
+    dense = {(row["model"], row["prompt"], row["corpus"]) for row in kept if row["prefill"] == DENSE}
     for prefill in options.prefills:
         parts = [(prompt, corpus) for prompt in options.prompts for corpus in (*CORPORA, NEEDLE)]
         model = PREFILLS[prefill][0]
         plans = [(DENSE, 0), *((prefill, tail) for tail in options.tails)]
-        kept = committed(HERE / "results" / "tail.json", options, about)
-        dense = {(row["model"], row["prompt"], row["corpus"]) for row in kept if row["prefill"] == DENSE}
         missing = [
             (prompt, corpus, plan, tail)
             for prompt, corpus in parts
@@ -80,7 +83,6 @@ def main() -> None:
                 log.append(bench.row(prompt, corpus, plan, tail))
                 note(f"{model}: {corpus} after {prompt} tokens, {plan}, tail {tail}")
             bench.forget()
-    kept = [row for row in committed(HERE / "results" / "tail.json", options, about) if row not in log.rows]
     known = {tuple(row[name] for name in KEY) for row in log.rows}
     kept = [row for row in kept if tuple(row[name] for name in KEY) not in known]
     options.__dict__.update(dict.fromkeys(("prefills", "tails", "prompts")))

@@ -13,9 +13,9 @@ POLL_S = 0.05
 class Child(subprocess.Popen[AnyStr]):
     """Popen without the lock of `poll` and `wait`, for children that one thread alone awaits.
 
-    Python's `poll` takes its lock, and only then enters the `try` that gives it back (3.11 to 3.13,
+    Python's `poll` takes its lock, and only then enters the `try` that gives it back (3.11,
     `subprocess.py`, `_internal_poll`). A KeyboardInterrupt between the two leaves it taken, and every later `wait`
-    without a timeout waits for ever: one in six that fall into `poll`.
+    without a timeout waits for ever: one in six of those that fall into `poll`.
     """
 
     def poll(self) -> int | None:

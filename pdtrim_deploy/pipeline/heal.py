@@ -192,8 +192,8 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
         if not blocks_lost and not pair.plan.kept_experts(stage):
             continue  # nothing was lost
-        for_kv = stage == "prefill" and section.kv_only_tail  # its own output is not served: nothing makes up for it
-        if blocks_lost and not for_kv and section.compensation != "none" and _helps(context, pair, stage, few, report):
+        served = stage == "decode" or not section.kv_only_tail  # else only its KV is: no output is to be made up for
+        if blocks_lost and served and section.compensation != "none" and _helps(context, pair, stage, few, report):
             mend = get_compensation(section.compensation, FitRules.of(section)).compensate
             pair = mend(pair, stage, few, context.note)
             if stage == "prefill" and pair.plan.kv_only_layers:

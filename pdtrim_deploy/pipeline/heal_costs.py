@@ -27,7 +27,7 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
             flops += sizes.fit_flops * tokens * lost if healing.compensation == "least-squares" else 0
     if healing.prompt_share and pruning.decode_loses:  # decode reads the prompts too
         flops += 2 * sizes.active * tokens * (sizes.blocks - pruning.decode_blocks)
-    if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
+    if healing.kv_only_blocks:  # without a tail, the pair without each candidate, from it to the end
         ranked = 0 if healing.kv_only_tail else min(RANKED, healing.fitted) * healing.length
         flops += sizes.active * ranked * sizes.blocks * (sizes.blocks + 1)
         fits = 1 if healing.compensation == "none" or healing.kv_only_tail else 2

@@ -37,8 +37,8 @@ def make_kv_only(
     """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
 
     The first `RANKED` sequences rank. `with_tail`, where a prompt's last tokens run the unchanged model, it is the last
-    blocks instead (as in SwiftKV, arXiv:2410.03960): their output is never served, and all their K and V are fitted on
-    one hidden state, which is the dense model's own.
+    blocks instead (as in SwiftKV, arXiv:2410.03960): their output is never served, and where no other block lies
+    between them all their K and V are fitted on one hidden state, the dense model's own.
 
     Raises:
         UserError: there are not so many blocks that both stages keep; a loss that is not a number.

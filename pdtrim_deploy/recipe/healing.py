@@ -183,7 +183,7 @@ class HealingSection(Section):
     def judged_from(self, length: int) -> int:
         """The first position behind a prompt that counts in training of KV-only prefill, of `length` / 2.
 
-        Those within a tail do not count, which no client sees; half of them do, whatever the tail.
+        Those within a tail do not count, since the unchanged model predicts them; half of them do, whatever the tail.
         """
         return min(self.kv_only_tail, length // 4)
 

@@ -75,7 +75,7 @@ def switches(
 def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, str, str, str]:
     """The row of units/healing/kv-only-12-tail.yaml, at every prompt length whose TTFT was measured."""
     ours = {prompt: pair for _, prompt, prefill, tokens, *pair in judged(tail) if (prefill, tokens) == (_LAST, _TAIL)}
-    saved, costs, right = [], [], []
+    saved, costs = [], []
     for row in (row for row in ttft["rows"] if row["tail"] == _TAIL):
         prompt = row["prompt"]
         saved.append(f"{ratio(row, 'ratio', 'low', 'high')} after {prompt:,}")
@@ -83,14 +83,13 @@ def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, 
         loss = f"{of_all(rows, dense)} on the mean of four kinds of text"
         if prompt == quality["options"]["prompt"]:  # there it was judged on more text
             loss = _by_kind(quality, "KV-only prefill, tail")
-        costs.append(f"after {prompt:,} prompt tokens {loss}")
-        right.append(f"{_right(rows)} of {len(rows['needle']['right'])}, dense {_right(dense)}")
+        recall = f"{_right(rows)} of {len(rows['needle']['right'])} facts hidden in a prompt were found"
+        costs.append(f"after {prompt:,} prompt tokens {loss}, and {recall} (dense {_right(dense)})")
     return (
         f"KV-only prefill with a tail: the last 12 of 30 blocks compute only K and V, but the last {_TAIL} tokens of a "
         "prompt run the unchanged model: `include: [units/healing/kv-only-12-tail.yaml]`",
         f"TTFT over dense's: {', '.join(saved)} prompt tokens (95% interval)",
-        f"{'; '.join(costs)}; facts hidden in a prompt that were found: {'; '.join(right)}"
-        f"{_alone_answers(generated, 'tokens')}",
+        "; ".join(costs) + _alone_answers(generated, "tokens") + " (half of its prompts have at most 146 tokens)",
         "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
     )
 
