@@ -102,7 +102,7 @@ class _Bench:
         bundle = built(Recipe.load(file), self._folder)
         self._oracle = oracle_of(bundle, lambda _: None, None)
         self._tokenizer = load_tokenizer(bundle.prefill_dir)
-        self._which = [bundle.plan.prefill_layers[layer] for layer in bundle.plan.kv_only_layers]
+        self._which = [*bundle.plan.kv_only_blocks]
 
     def row(self, prompt: int, corpus: str, plan: str, tail: int) -> dict[str, Any]:
         """Losses of each text, nats a token, or which needles are right."""

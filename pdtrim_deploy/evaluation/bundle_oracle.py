@@ -11,7 +11,7 @@ from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.prompt_tail import attach
+from pdtrim_deploy.models.prompt_tail import with_body
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.blocks import BODY
 
@@ -36,5 +36,5 @@ def oracle_of(
     models = {f: load(name, bundle.path / f) for f, name in zip(plan.checkpoints, names, strict=True)}
     prefill, decode = models[plan.folder("prefill")], models[plan.folder("decode")]
     if plan.kv_only_tail:
-        prefill = attach(load("prefill body's", bundle.prefill_dir / BODY), prefill)
+        prefill = with_body(prefill, load("prefill body's", bundle.prefill_dir / BODY), plan)
     return PDOracle(prefill, decode, plan.with_parts(unified=False), KeyOffsets.read(bundle.prefill_dir, plan))

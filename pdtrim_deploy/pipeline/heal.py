@@ -34,6 +34,7 @@ HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
 _KV_ONLY_VERSION = 5  # the same where some blocks run for their K and V alone
 _PAIR_VERSION = 6  # the same where they are trained
+_TAIL_VERSION = 2  # the same with a tail
 _TRAINING = 1  # version of training by gradients
 _RESCALED = 2  # version of how it is decided whether rescaling helps
 
@@ -64,6 +65,7 @@ def _section(section: HealingSection) -> dict[str, Any]:
     kept = {name: value for name, value in decides.items() if name not in ("kv_steps", "kv_only_tail")}
     if section.kv_only_tail:
         kept["judged_from"] = section.judged_from(section.length) if section.trains else None
+        kept["tail"] = _TAIL_VERSION
     kept |= {"rescaled": _RESCALED} if section.compensation == "norm" else {}
     return kept | ({"training": _TRAINING} if section.trains else {})
 
@@ -184,10 +186,10 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     model = context.model if section.trains and _holds_model(context) else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
-        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note, with_tail=section.kv_only_tail > 0)
+        pair = make_kv_only(pair, section.kv_only_blocks, few, context.note, section.kv_only_tail)
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
         pair = fit_kv_only(pair, alone, few, context.note)
-    report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
+    report["kv_only_blocks"] = pair.plan.kv_only_blocks
     for stage in _mended_stages(context):
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
         if not blocks_lost and not pair.plan.kept_experts(stage):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -126,9 +126,9 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
         name: (info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item, (*info.shape, 1)[0])
         for name, info in checkpoint.tensors.items()
     }
-    sizes = {name: _stage_bytes(tensors, checkpoint.family, plan, stage) for name, stage in plan.checkpoints.items()}
-    if recipe.healing.kv_only_tail:
-        sizes["prefill"] *= 2  # of the tail, and of what comes before it
+    sizes = {name: _bytes_of(tensors, checkpoint.family, plan, stage, plan.layers(stage)) for name, stage in plan.checkpoints.items()}
+    if plan.kv_only_tail:
+        sizes["prefill"] += _bytes_of(tensors, checkpoint.family, plan, "prefill", plan.kv_only_blocks)
     done = {step for step, is_done in steps.items() if is_done}
     costs = _costs(recipe, checkpoint.config, compute, done)
     return Preview(recipe, steps, prompt_tokens, sizes, *_sent(plan, prompt_tokens), **costs)
@@ -192,9 +192,9 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
         for name, shape in shapes.items()
     }
     stages = plan.checkpoints if tensors else {}
-    sizes = {name: _stage_bytes(tensors, family, plan, stage) for name, stage in stages.items()} or None
-    if sizes and recipe.healing.kv_only_tail:
-        sizes["prefill"] *= 2
+    sizes = {name: _bytes_of(tensors, family, plan, stage, plan.layers(stage)) for name, stage in stages.items()} or None
+    if sizes and plan.kv_only_tail:
+        sizes["prefill"] += _bytes_of(tensors, family, plan, "prefill", plan.kv_only_blocks)
     costs = _costs(recipe, config, compute, ())
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
 
@@ -228,12 +228,14 @@ class _Peek(Cache):
         return super().entry(kind, key, make if kind == "fingerprints" else refuse)
 
 
-def _stage_bytes(tensors: Mapping[str, tuple[int, int]], family: Family, plan: PDPlan, stage: Stage) -> int:
-    """Of a checkpoint with tensors of so many bytes and rows; what is no block is in both stages."""
+def _bytes_of(
+    tensors: Mapping[str, tuple[int, int]], family: Family, plan: PDPlan, stage: Stage, blocks: Sequence[int]
+) -> int:
+    """Of a stage's checkpoint of these blocks, with tensors of so many bytes and rows; what is no block is in each."""
     from pdtrim_deploy.models.experts import ExpertNames
 
     kept, total = plan.kept_experts(stage), 0
-    by_block = {block: ExpertNames(family, kept.get(block)) for block in plan.layers(stage)}
+    by_block = {block: ExpertNames(family, kept.get(block)) for block in blocks}
     for name, (size, rows) in tensors.items():
         if not name.startswith(_LAYERS):
             total += size

@@ -30,7 +30,7 @@ from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection, cut_to
 def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = None) -> PDPlan:
     """With the last blocks removed, the first ones without sublayers, the first experts kept and the first layers cut.
 
-    The first of those that are left whole are KV-only blocks.
+    The first of those that are left whole are KV-only blocks, with a tail the last.
 
     Blocks with windows go before others, so that as many layers can be cut as any choice of blocks leaves.
 
@@ -65,13 +65,14 @@ def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = No
 
 
 def _with_kv_only(plan: PDPlan, healing: HealingSection) -> PDPlan:
-    """The first blocks that both stages run whole are run by prefill for K and V alone, but for the recipe's tail."""
+    """The first blocks that both stages run whole are run by prefill for K and V alone; with a tail prefill's last."""
     whole = [block for block in plan.model.kv_blocks if plan.prefill[block] == plan.decode[block] == Keep()]
-    alone = whole[: healing.kv_only_blocks]
+    count, tail = healing.kv_only_blocks, healing.kv_only_tail
+    alone = plan.last_whole_blocks[-count:] if tail else whole[:count]
     if not alone:
         return plan
     prefill = tuple(KVOnly() if block in alone else action for block, action in enumerate(plan.prefill))
-    return plan.with_parts(prefill=prefill, kv_only_tail=healing.kv_only_tail)
+    return plan.with_parts(prefill=prefill, kv_only_tail=tail)
 
 
 def _without_sublayers(

@@ -84,7 +84,8 @@ class _Costs:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
-            size *= 2 if stage == "prefill" and recipe.healing.kv_only_tail else 1  # and what comes before the tail
+            if stage == "prefill" and recipe.healing.kv_only_tail:  # and the blocks that others run for K and V alone
+                size += self._stored(max(0, self.sizes.blocks - recipe.healing.kv_only_blocks))
             costs[stage] = StepCost(peak, size, written=size)
         for target, section in recipe.targets.requested.items():
             for stage in STAGES:  # in a process of its own

@@ -175,13 +175,13 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
     from pdtrim_deploy.models.surgery import write_stage as write
 
     plan, changed = context.plan, heal_kv.changed(context).get(stage, {})
-    blocks, files = plan.layers(stage), [context.out / KEY_OFFSETS] if plan.key_offsets else []
+    files = [context.out / KEY_OFFSETS] if plan.key_offsets else []
     context.forget_model()
     quantized, folder = context.checkpoint.quantized, plan.folder(stage)
-    weights = {folder: changed}
+    parts = [(folder, plan.layers(stage), changed)]
     if stage == "prefill" and plan.kv_only_tail:
-        weights = {folder: {}, f"{folder}/{BODY}": changed}
-    for place, replacements in weights.items():
+        parts = [(folder, plan.layers(stage), {}), (f"{folder}/{BODY}", plan.kv_only_blocks, changed)]
+    for place, blocks, replacements in parts:
         context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
         write(
             context.checkpoint,
@@ -190,8 +190,8 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
             context.recipe.model.dtype,
             plan.model_dump(mode="json"),
             replacements=replacements,
-            experts=plan.kept_experts(stage),
-            missing=plan.missing(stage),
+            experts={block: kept for block, kept in plan.kept_experts(stage).items() if block in blocks},
+            missing={block: lost for block, lost in plan.missing(stage).items() if block in blocks},
             files=files,
             note=context.note,
         )

@@ -67,9 +67,10 @@ class WithoutMLP(Frozen):
 
 
 BODY = "body"
-"""Folder in a prefill checkpoint whose plan has a tail: the checkpoint that prompts run through before their tails.
+"""Folder in a prefill checkpoint whose plan has a tail: a checkpoint of the `KVOnly` blocks as they were fitted or trained.
 
-It has the `KVOnly` blocks and all that was fitted or trained; the one around it has the model's own weights.
+Tokens before the tail go through these for their K and V. The checkpoint around it has all blocks, with the model's own
+weights.
 """
 KV_ONLY_SHARE = 0.1
 """Of a whole block's work: both projections are 1.5 to 6.3 % of the weights of the blocks whose facts we ship."""
@@ -87,17 +88,18 @@ def missing_sublayer(action: Action) -> Sublayer | None:
     return "mlp" if action.kind == "without_mlp" else None
 
 
-def check_kv_of(block: int, before: Action, after: Action) -> None:
+def check_kv_of(block: int, before: Action, after: Action, tail: int) -> None:
     """Raise ValueError, naming the block, where prefill makes no K and V of a block that decode runs with attention.
 
-    Without attention decode needs none, and prefill may do as it likes with the block.
+    Without attention decode needs none, and prefill may do as it likes with the block. K and V that decode does not
+    read are for the `tail`, the last tokens of a prompt that run all blocks.
     """
     if after.kind == "kv_only":
         raise ValueError(f"block {block} is kv_only in decode; only prefill may run a block for its KV alone")
     attends = after.kind in ("keep", "without_mlp")
     if before.kind == "drop" and after.kind not in ("drop", "without_attention"):
         raise ValueError(f"block {block} is dropped in prefill but not in decode")
-    if before.kind == "kv_only" and not (attends or getattr(after, "kv_from", None) == block):
+    if before.kind == "kv_only" and not (tail or attends or getattr(after, "kv_from", None) == block):
         raise ValueError(f"block {block} is kv_only in prefill but decode does not read its KV")
     if before.kind == "without_attention" and (attends or getattr(after, "kv_from", None) == block):
         raise ValueError(

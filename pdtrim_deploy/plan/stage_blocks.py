@@ -9,6 +9,7 @@ is linear and keeps a state instead.
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import takewhile
 from typing import Literal
 
 from pydantic import NonNegativeInt, model_validator
@@ -34,8 +35,9 @@ class StageBlocks(Frozen):
 
     Attributes:
         prefill, decode: one action per block of the original model.
-        kv_only_tail: the last tokens of a prompt, which run all blocks of prefill whole, with the model's own weights,
-            while others run what was fitted or trained; 0: none, and absent from JSON.
+        kv_only_tail: the last tokens of a prompt, which run all blocks of prefill whole, with the model's own weights.
+            With it the last blocks of prefill are those that run for their K and V alone, so that other tokens share
+            all that comes before with the tail, and end there; 0: none, and absent from JSON.
 
     """
 
@@ -55,7 +57,7 @@ class StageBlocks(Frozen):
             if not self.layers(stage):
                 raise ValueError(f"{stage} keeps no block")
         for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
-            check_kv_of(block, before, after)
+            check_kv_of(block, before, after, self.kv_only_tail)
         changed = [block for block, action in enumerate(self.decode) if action.kind != "keep"]
         if self.model.states and changed:
             raise ValueError(f"decode does not keep block {changed[0]} of a model with linear attention")
@@ -68,6 +70,10 @@ class StageBlocks(Frozen):
                 raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
         if self.kv_only_tail and not self.kv_only_layers:
             raise ValueError(f"kv_only_tail is {self.kv_only_tail} but prefill runs no block for its K and V alone")
+        if self.kv_only_tail and self.kv_only_layers[0] == 0:
+            raise ValueError(f"kv_only_tail is {self.kv_only_tail} but prefill runs no block whole for other tokens")
+        if self.kv_only_tail and (whole := [b for b in self._behind_kv_only if self.prefill[b].kind != "kv_only"]):
+            raise ValueError(f"kv_only_tail is {self.kv_only_tail} but prefill runs block {whole[0]} behind a kv_only one")
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:
@@ -95,6 +101,24 @@ class StageBlocks(Frozen):
     def kv_only_layers(self) -> tuple[int, ...]:
         """Layers of the prefill model that run for their K and V alone."""
         return tuple(j for j, block in enumerate(self.prefill_layers) if self.prefill[block].kind == "kv_only")
+
+    @property
+    def kv_only_blocks(self) -> tuple[int, ...]:
+        """Blocks of `kv_only_layers`."""
+        return tuple(self.prefill_layers[layer] for layer in self.kv_only_layers)
+
+    @cached_property
+    def last_whole_blocks(self) -> tuple[int, ...]:
+        """Blocks that prefill keeps whole, behind its first and any that it does not: those that may be KV-only beside a
+        tail.
+        """
+        kept = list(takewhile(lambda block: self.prefill[block].kind == "keep", reversed(self.prefill_layers[1:])))
+        return tuple(reversed(kept))
+
+    @property
+    def _behind_kv_only(self) -> tuple[int, ...]:
+        """Blocks of prefill from the first that runs for its K and V alone."""
+        return self.prefill_layers[self.kv_only_layers[0] :] if self.kv_only_layers else ()
 
     def prefill_share(self, tokens: int) -> float:
         """What prefill computes of a prompt of so many tokens, of the unpruned model's blocks.

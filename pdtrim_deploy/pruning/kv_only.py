@@ -32,25 +32,24 @@ _CHECKED = 8  # one batch in so many chooses the penalty
 
 
 def make_kv_only(
-    pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None, *, with_tail: bool = False
+    pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None, tail: int = 0
 ) -> StagePair:
     """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
 
-    The first `RANKED` sequences rank. `with_tail`, where a prompt's last tokens run the unchanged model, it is the last
-    blocks instead (as in SwiftKV, arXiv:2410.03960): their output is never served, and where no other block lies
-    between them all their K and V are fitted on one hidden state, the dense model's own.
+    The first `RANKED` sequences rank. With a `tail`, the last tokens of a prompt that run all blocks, it is the last
+    blocks of prefill instead (as in SwiftKV, arXiv:2410.03960): their output is never served, and their K and V are all
+    fitted on one hidden state, the dense model's own. Tails read those of blocks too that decode has lost.
 
     Raises:
-        UserError: there are not so many blocks that both stages keep; a loss that is not a number.
+        UserError: there are not so many blocks that may be given up; a loss that is not a number.
 
     """
-    open_to = candidates(pair.plan)
+    open_to = pair.plan.last_whole_blocks if tail else candidates(pair.plan)
     if blocks > len(open_to):
-        raise UserError(
-            f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
-        )
-    chosen = open_to[-blocks:] if with_tail else rank(pair, ids[:RANKED], progress)[:blocks]
-    return fit_kv_only(pair, chosen, ids, progress)
+        where = "at the end of prefill run whole" if tail else "are kept by both stages"
+        raise UserError(f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks {where}; ask for fewer")
+    chosen = open_to[-blocks:] if tail else rank(pair, ids[:RANKED], progress)[:blocks]
+    return fit_kv_only(pair, chosen, ids, progress, tail)
 
 
 @torch.no_grad()
@@ -86,9 +85,11 @@ def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> t
     return tuple(order)
 
 
-def fit_kv_only(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
-    """`pair` whose prefill has these blocks for their KV alone, K and V fitted on `ids`."""
-    return fit(_given_up(pair, set(blocks)), ids, progress)
+def fit_kv_only(
+    pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None, tail: int = 0
+) -> StagePair:
+    """`pair` whose prefill has these blocks for their KV alone, but for `tail` tokens; K and V are fitted on `ids`."""
+    return fit(_given_up(pair, set(blocks), tail), ids, progress)
 
 
 def candidates(plan: PDPlan) -> tuple[int, ...]:
@@ -134,11 +135,11 @@ def _refit(
     return ridge.solve(weight_of(linear))
 
 
-def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
-    """`pair` with these blocks of prefill there for their KV alone."""
+def _given_up(pair: StagePair, blocks: set[int], tail: int = 0) -> StagePair:
+    """`pair` with these blocks of prefill there for their KV alone, but for the tail."""
     plan = pair.plan
     actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
-    relaxed = plan.with_parts(prefill=actions)
+    relaxed = plan.with_parts(prefill=actions, kv_only_tail=tail)
     layers = {block: pair.model.model.layers[block] for block in blocks}
     zeros = {block: {name: _zeros(layer, name) for name in output_parameters(layer)} for block, layer in layers.items()}
     return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)

@@ -28,16 +28,21 @@ _BOUNDS = (0.1, 0.99)  # SGLang refuses 0 and 1
 def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     """Of a CPU worker; None where no config.json tells the model's size; SGLang will say what is wrong with it."""
     options, chunk = worker.options, worker.options.chunked_prefill_size
+    body = worker.model_path / BODY  # loaded as a whole, whatever stays of it
+    folders = [worker.model_path, *([body] if body.is_dir() else [])]
     try:
-        config = with_quantization(worker.model_path, read_config(worker.model_path / "config.json"))
+        configs = [with_quantization(folder, read_config(folder / "config.json")) for folder in folders]
     except UserError:
         return None
     dtype: NativeDtype = next((known for known in get_args(NativeDtype) if known == options.dtype), "float32")
     tokens, requests = options.pool_tokens or 0, options.requests or 0
     prefill_batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
     batch = requests if worker.role == "decode" else prefill_batch
-    size = worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
-    return replace(size, weights=2 * size.weights) if (worker.model_path / BODY).is_dir() else size
+    size, *bodies = (
+        worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
+        for config in configs
+    )
+    return replace(size, weights=size.weights + sum(other.weights for other in bodies))
 
 
 def static_fraction(worker: WorkerSpec) -> float:

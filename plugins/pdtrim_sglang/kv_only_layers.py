@@ -1,4 +1,4 @@
-"""Prefill layers of a loaded model that are there for their K and V alone are cut; with a tail, the body's."""
+"""Prefill layers of a loaded model that are there for their K and V alone are cut; with a tail, others beside them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pdtrim_deploy.models.body import check_body
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.kv_only import keep_only_kv
 from pdtrim_sglang.plan_source import read_plan
-from pdtrim_sglang.prompt_tail.body import load_body, share_equal
+from pdtrim_sglang.prompt_tail.body import load_bodies
 from pdtrim_sglang.prompt_tail.tails import PromptTails
 from pdtrim_sglang.requirements.prompt_tail import check_two_models
-from pdtrim_sglang.sublayers import cut_sublayers
 
 UPDATES = (
-    "pdtrim: new weights would reach one of the two models of prompts, and what both share: build a bundle of them, "
-    "and start prefill with it"
+    "pdtrim: new weights would not reach the layers that make K and V of most prompt tokens: build a bundle of them, and "
+    "start prefill with it"
 )
 logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 
@@ -25,8 +24,8 @@ logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 def cut_kv_only_layers(runner: Any) -> None:
     """Cut the model that SGLang's ModelRunner has just loaded, when it is a prefill stage with KV-only layers.
 
-    Where the plan has a tail that model stays whole, and the one of the body is loaded and cut; `runner.pdtrim_tails`
-    are then to be told of prompts.
+    Where the plan has a tail that model stays whole, and layers for other tokens are loaded and cut;
+    `runner.pdtrim_tails` are then to be told of prompts.
 
     Raises:
         UserError: the body's checkpoint is not there.
@@ -51,15 +50,12 @@ def cut_kv_only_layers(runner: Any) -> None:
         return
     check_two_models(args, plan)
     check_body(Path(runner.model_config.model_path), plan)
-    body = load_body(runner)
-    shared = share_equal(body, runner.model)
+    first = plan.kv_only_layers[0]
+    runner.pdtrim_tails = PromptTails(plan.kv_only_tail, first, load_bodies(runner, first))
     runner.model._derived_weight_cache_error = UPDATES  # which SGLang answers to whoever sends new weights
-    cut_sublayers(runner, body)
-    _cut(body.model.layers, plan, runner)
-    runner.pdtrim_tails = PromptTails(plan.kv_only_tail, body.model)
     logger.info(
-        "pdtrim: the last %d tokens of a prompt run the unchanged model; both share %.1f MB of weights",
-        plan.kv_only_tail, shared / 1e6,
+        "pdtrim: layers from %d on run the last %d tokens of a prompt whole, and others for K and V alone",
+        first, plan.kv_only_tail,
     )  # fmt: skip
 
 

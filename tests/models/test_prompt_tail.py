@@ -19,17 +19,20 @@ from pdtrim_deploy.pruning.students.regression import FROZEN
 TOKENS = 20
 
 
-def tailed(model, blocks, tail, trained=False):
-    """A pair whose prefill has these blocks for K and V alone; `trained`: with weights as training might leave them."""
-    pair = fit_kv_only(pair_of(model, (), (4,)), blocks, text(32, 24))
+def tailed(model, blocks, tail, trained=False, lost=1):
+    """A pair whose prefill has these blocks for K and V alone; `trained`: with weights as training might leave them.
+
+    Decode has `lost` a block.
+    """
+    pair = fit_kv_only(pair_of(model, (), (lost,)), blocks, text(32, 24), tail=tail)
     if trained:
         torch.manual_seed(1)
-        names = {block: [n for n, _ in layer.named_parameters()] for block, layer in enumerate(model.model.layers)}
-        learns = {b: [n for n in names[b] if n.startswith(FROZEN) == (b in blocks)] for b in (*blocks, 3)}
+        layers = {block: model.model.layers[block] for block in blocks}
+        learns = {b: [n for n, _ in layer.named_parameters() if n.startswith(FROZEN)] for b, layer in layers.items()}
         pair = pair.with_changes(
-            "prefill", {b: {n: _moved(model.model.layers[b].get_parameter(n)) for n in ns} for b, ns in learns.items()}
+            "prefill", {b: {n: _moved(layers[b].get_parameter(n)) for n in ns} for b, ns in learns.items()}
         )
-    return replace(pair, plan=pair.plan.with_parts(kv_only_tail=tail))
+    return pair
 
 
 def _moved(parameter):
@@ -39,7 +42,7 @@ def _moved(parameter):
 @torch.no_grad()
 def by_transformers(pair, prompts, tail):
     """K, V and last logits: the pair's prefill, whose outputs of KV-only blocks are zero, then the dense model."""
-    body = replace(pair, plan=pair.plan.with_parts(kv_only_tail=0)).stage("prefill")
+    body = keep_blocks(pair.model, pair.plan.prefill_layers, pair.changed["prefill"])
     before, cache = max(0, TOKENS - tail), DynamicCache(config=pair.model.config)
     if before:
         body(prompts[:, :before], past_key_values=cache, use_cache=True)
@@ -49,9 +52,11 @@ def by_transformers(pair, prompts, tail):
 
 
 @pytest.mark.parametrize(("tail", "trained"), [(1, False), (7, True), (TOKENS - 1, False), (TOKENS + 5, True)])
+@pytest.mark.parametrize("lost", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tail_runs_the_model_and_the_tokens_before_it_the_pair_s_prefill(family, tail, trained):
-    pair = tailed(tiny(family), {1, 2}, tail, trained)
+def test_the_tail_runs_the_model_and_the_tokens_before_it_the_pair_s_prefill(family, lost, tail, trained):
+    """It reads K and V of a block too that decode has lost."""
+    pair = tailed(tiny(family), {3, 4}, tail, trained, lost)
     prompts = text(3, TOKENS, seed=5)
     state = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan).prefill(prompts)
     kvs, logits = by_transformers(pair, prompts, tail)
@@ -64,7 +69,7 @@ def test_the_tail_runs_the_model_and_the_tokens_before_it_the_pair_s_prefill(fam
 
 def test_a_tail_makes_a_difference():
     """To what the pair answers, and to K and V of the tail's rows alone."""
-    pair, prompts = tailed(tiny("Llama"), {1, 2}, 7, trained=True), text(3, TOKENS, seed=5)
+    pair, prompts = tailed(tiny("Llama"), {3, 4}, 7, trained=True), text(3, TOKENS, seed=5)
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
     without = PDOracle(oracle.prefill_model, oracle.decode_model, pair.plan.with_parts(kv_only_tail=0))
     state, other = oracle.prefill(prompts), without.prefill(prompts)
@@ -75,7 +80,7 @@ def test_a_tail_makes_a_difference():
 
 
 def test_a_short_prompt_is_the_dense_model_s():
-    pair = tailed(tiny("Qwen3"), {1, 2, 3}, TOKENS, trained=True)
+    pair = tailed(tiny("Qwen3"), {2, 3, 4}, TOKENS, trained=True)
     prompts = text(2, TOKENS, seed=5)
     state = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan).prefill(prompts)
     torch.testing.assert_close(state.logits, pair.model(prompts).logits[:, -1])
@@ -83,7 +88,7 @@ def test_a_short_prompt_is_the_dense_model_s():
 
 def test_the_tail_goes_without_what_prefill_leaves_out():
     """Its model comes from disk with zeros there, which have K and V that the pool has no layer for."""
-    pair = tailed(tiny("Llama"), {1, 2}, 7, trained=True)
+    pair = tailed(tiny("Llama"), {3, 4}, 7, trained=True)
     lost = {stage: (WithoutAttention(), *pair.plan.actions(stage)[1:]) for stage in ("prefill", "decode")}
     pair = replace(pair, plan=pair.plan.with_parts(**lost, kv=pair.plan.kv[1:]))
     zeros = {0: zero_outputs(pair.model.model.layers[0], "attention")}
@@ -98,6 +103,6 @@ def test_the_tail_goes_without_what_prefill_leaves_out():
 
 
 def test_a_prefill_model_without_the_tail_s_is_refused():
-    pair = tailed(tiny("Llama"), {2}, 4)
+    pair = tailed(tiny("Llama"), {4}, 4)
     with pytest.raises(ValueError, match="no model of its prompts' tails, which the plan asks for"):
         PDOracle(pair.model, pair.stage("decode"), pair.plan)

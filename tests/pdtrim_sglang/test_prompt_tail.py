@@ -1,4 +1,4 @@
-"""Which rows of a batch are of the tails of their prompts, and which model and attention backend have them."""
+"""Which rows of a batch are of the tails of their prompts, and which layers and attention backend have them."""
 
 import weakref
 from dataclasses import fields
@@ -122,29 +122,48 @@ class Backend:
         return self, save_kv_cache
 
 
-class Model:
-    """Notes the batches that it runs."""
+class Layer:
+    """Adds one to each row, and notes the batches that it runs."""
 
     def __init__(self):
         self.ran = []
 
-    def forward(self, input_ids, positions, batch):
-        self.ran.append(batch)
-        return input_ids[:, None].float()
+    def forward(self, positions, hidden_states, forward_batch):
+        assert len(positions) == len(hidden_states)
+        self.ran.append(forward_batch)
+        return hidden_states + 1
+
+
+class Body:
+    """Notes the batches that it writes K and V of."""
+
+    def __init__(self):
+        self.ran = []
+
+    def input_layernorm(self, hidden):
+        return hidden
+
+    def self_attn(self, positions, hidden_states, forward_batch):
+        assert torch.equal(hidden_states[:, 0], forward_batch.input_ids + 1.0)  # behind the first layer
+        assert torch.equal(positions, forward_batch.positions)
+        self.ran.append(forward_batch)
 
 
 @pytest.fixture
 def worker():
-    """A runner that tails of 4 tokens follow, and the request `a` of 10 tokens for room 1."""
-    bound, first, second, whole, body = [], Backend(), Backend(), Model(), Model()
+    """A runner that tails of 4 tokens follow, whose last two of three layers are KV-only for others.
+
+    The request `a` has 10 tokens, and goes to room 1.
+    """
+    bound, first, second, layers, bodies = [], Backend(), Backend(), [Layer() for _ in range(3)], [Body(), Body()]
     runner = SimpleNamespace(
-        attn_backend=first, _get_attention_backend=lambda: second, model=SimpleNamespace(model=whole),
+        attn_backend=first, _get_attention_backend=lambda: second, model=SimpleNamespace(model=SimpleNamespace(layers=layers)),
         kv_index_translator=SimpleNamespace(bind_own_plan=bound.append),
     )  # fmt: skip
-    tails = PromptTails(4, body)
+    tails = PromptTails(4, 1, bodies)
     tails.follow(runner)
     tails.expect("a", 1, 10)
-    return SimpleNamespace(tails=tails, first=first, second=second, bound=bound, whole=whole, body=body)
+    return SimpleNamespace(tails=tails, first=first, second=second, bound=bound, layers=layers, bodies=bodies)
 
 
 def attend(worker, batch):
@@ -152,44 +171,55 @@ def attend(worker, batch):
 
 
 def run(worker, batch):
-    """As SGLang's runner; what each model was given, tokens by their ids."""
-    worker.body.ran.clear()
-    worker.whole.ran.clear()
+    """As SGLang's runner; by their ids, tokens of which K and V were written alone, and that ran the last layers."""
+    for module in (*worker.layers, *worker.bodies):
+        module.ran.clear()
     worker.first.init_forward_metadata(batch)
+    states = batch.input_ids[:, None].float()
     with forward_context(ForwardContext(attn_backend=worker.first), forward_batch=batch):
-        states = worker.whole.forward(batch.input_ids, batch.positions, batch)
-    assert torch.equal(states[:, 0], batch.input_ids.float())
-    return [[token for part in model.ran for token in part.input_ids.tolist()] for model in (worker.body, worker.whole)]
+        for layer in worker.layers:
+            states = layer.forward(batch.positions, states, batch)
+    first, *last = worker.layers
+    assert first.ran == [batch]
+    alone, whole = (_tokens(modules) for modules in (worker.bodies, last))
+    assert states[:, 0].tolist() == [token + (3 if token in whole else 1) for token in batch.input_ids.tolist()]
+    return [alone, whole]
 
 
-def test_both_parts_of_a_batch_have_metadata_of_their_own(worker):
+def _tokens(modules):
+    """Of the batches that each of these has run."""
+    each = [[token for part in module.ran for token in part.input_ids.tolist()] for module in modules]
+    assert each[0] == each[1]
+    return each[0]
+
+
+def test_tails_have_metadata_of_their_own(worker):
     batch = extend_batch([Part("a", 0, 3, 7), Part("b", 1, 0, 5)], TABLE)
     assert run(worker, batch) == [[3, 4, 5, 1000, 1001, 1002, 1003, 1004], [6, 7, 8, 9]]
-    (body,), (tail,) = worker.body.ran, worker.whole.ran
-    assert (worker.first.planned, worker.second.planned) == ([body], [tail])
-    assert worker.bound == [body, tail]
-    assert attend(worker, body) == (worker.first, False)
+    (tail,) = worker.layers[-1].ran
+    assert (worker.first.planned, worker.second.planned) == ([batch], [tail])
+    assert worker.bound == [tail]
+    assert attend(worker, batch) == (worker.first, False)
     assert attend(worker, tail) == (worker.second, False)
-    assert not worker.tails.completes(body)
-    assert worker.tails.completes(tail)
 
     later = extend_batch([Part("b", 1, 5, 2)], TABLE)
     assert run(worker, later) == [[1005, 1006], []]
-    assert worker.body.ran == [later]
-    assert worker.tails.completes(later)
+    assert worker.bodies[-1].ran == [later]
     assert attend(worker, tail) == (worker.first, False), "no batch of a tail any more"
 
 
 def test_where_all_rows_are_of_tails_the_batch_is_not_divided(worker):
     batch = extend_batch([Part("a", 0, 7, 3)], TABLE)
     assert run(worker, batch) == [[], [7, 8, 9]]
-    assert (worker.whole.ran, worker.first.planned, worker.second.planned, worker.bound) == ([batch], [batch], [], [])
-    assert worker.tails.completes(batch)
+    assert worker.layers[-1].ran == [batch]
+    assert (worker.first.planned, worker.second.planned, worker.bound) == ([batch], [], [])
 
 
 def test_a_part_is_not_held_when_the_next_batch_comes(worker):
     run(worker, extend_batch([Part("a", 0, 3, 7)], TABLE))
-    parts = [weakref.ref(part) for part in (worker.body.ran.pop(), worker.whole.ran.pop())]
+    parts = [weakref.ref(modules[-1].ran[-1]) for modules in (worker.bodies, worker.layers)]
+    for module in (*worker.layers, *worker.bodies):
+        module.ran.clear()
     for backend in (worker.first, worker.second):
         backend.planned.clear()
     worker.bound.clear()

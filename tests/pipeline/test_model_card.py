@@ -116,10 +116,10 @@ def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
 
 
 def test_a_tail_has_the_base_model_s_weights_and_says_where_the_others_lie(recipe: Recipe) -> None:
-    prefill, decode = (Keep(), KVOnly(), Keep(), Keep()), (Keep(),) * 4
+    prefill, decode = (Keep(), Keep(), Keep(), KVOnly()), (Keep(),) * 4
     plan = PDPlan(model=SHAPE, prefill=prefill, decode=decode, kv=(KVSend(),) * 4, kv_only_tail=16)
     text = model_card.card(plan, recipe, "prefill", Provenance(), {})
-    assert "Blocks: 4 of 4; for their K and V alone, but for the last 16 tokens of a prompt: 1\n" in text
+    assert "Blocks: 4 of 4; for their K and V alone, but for the last 16 tokens of a prompt: 3\n" in text
     assert "It has the base model's weights, for the last 16 tokens of each prompt" in text
     assert f"run through `{BODY}/`, which only SGLang with pdtrim-deploy reads" in text
     refitted = f"Weights in `{BODY}/` differ from the base model's: K and V of the blocks that run for these alone"

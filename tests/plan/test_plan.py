@@ -58,8 +58,9 @@ def test_a_block_may_run_in_prefill_for_its_kv_alone():
 
 
 def test_a_tail_is_work_of_its_blocks_and_in_the_digest():
-    plain = plan(prefill="k-okok", decode="k-kkkk")
+    plain = plan(prefill="k-kkoo", decode="k-kkkk")
     cut = plain.with_parts(kv_only_tail=64)
+    assert cut.kv_only_blocks == (4, 5)
     assert [cut.prefill_share(tokens) for tokens in (1, 64, 128, 640)] == pytest.approx(
         [5 / 6, 5 / 6, (5 - 1.8 / 2) / 6, (5 - 1.8 * 0.9) / 6]
     )
@@ -69,6 +70,21 @@ def test_a_tail_is_work_of_its_blocks_and_in_the_digest():
     assert PDPlan.parse(json.loads(cut.canonical_json()), "x") == cut
     with pytest.raises(ValueError, match="kv_only_tail is 64 but prefill runs no block for its K and V alone"):
         plan().with_parts(kv_only_tail=64)
+
+
+def test_with_a_tail_the_last_blocks_of_prefill_are_kv_only():
+    """Others of its tokens end before them, with K and V of blocks too that decode has lost."""
+    with pytest.raises(ValueError, match="kv_only_tail is 8 but prefill runs block 3 behind a kv_only one"):
+        plan(prefill="k-okko", decode="k-kkkk").with_parts(kv_only_tail=8)
+    with pytest.raises(ValueError, match="kv_only_tail is 8 but prefill runs no block whole for other tokens"):
+        plan(prefill="o-oooo", decode="k-kkkk").with_parts(kv_only_tail=8)
+    unread = plan(prefill="kkkkkk", decode="kkkk-k")
+    actions = (*unread.prefill[:4], KVOnly(), KVOnly())
+    assert unread.with_parts(prefill=actions, kv_only_tail=8).layer_map == (0, 1, 2, 3, 5)
+    with pytest.raises(ValueError, match="block 4 is kv_only in prefill but decode does not read its KV"):
+        unread.with_parts(prefill=actions)
+    assert plan(prefill="kkkakk", decode="kkkakk").last_whole_blocks == (4, 5)
+    assert unread.last_whole_blocks == (1, 2, 3, 4, 5)
 
 
 def test_a_block_without_attention_needs_no_kv_and_no_prefill_block():

@@ -9,6 +9,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.plan import WithoutMLP
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
 from pdtrim_deploy.pruning.healing.learnt import learnt, trained_model
@@ -16,6 +17,7 @@ from pdtrim_deploy.pruning.healing.losses import LogitLoss
 from pdtrim_deploy.pruning.healing.pair_reader import PairReader
 from pdtrim_deploy.pruning.healing.weights import FullWeights
 from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, fit_kv_only, make_kv_only, rank
+from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe.healing import HealingSection
@@ -92,18 +94,27 @@ def test_a_block_s_cost_is_the_loss_of_the_pair_without_it(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_a_tail_it_is_the_last_blocks(family):
-    """K and V of the first of them are exact, and so is all that comes before."""
+    """K and V of the first of them are exact, and so is all that comes before. Decode need not read them all."""
     pair, ids = pair_of(tiny(family), (), ()), text(8, 24)
-    more = make_kv_only(pair, 2, ids, with_tail=True)
-    first, last = (more.plan.prefill_layers[layer] for layer in more.plan.kv_only_layers)
-    assert (first, last) == pair.plan.prefill_layers[-2:]
+    more = make_kv_only(pair, 2, ids, tail=5)
+    assert more.plan.kv_only_blocks == pair.plan.prefill_layers[-2:]
+    assert more.plan.kv_only_tail == 5
     (dense, _), (body, _) = (kv_of(model, ids) for model in (pair.model, more.stage("prefill")))
     for expected, result in zip(dense[:-1], body[:-1], strict=True):
         assert torch.equal(result.keys, expected.keys)
         assert torch.equal(result.values, expected.values)
     assert not torch.equal(body[-1].keys, dense[-1].keys)
-    lost = pair_of(tiny(family), (), pair.plan.prefill_layers[-1:])  # decode lost the last: it has no KV to read
-    assert make_kv_only(lost, 2, ids, with_tail=True).plan.kv_only_layers == (last - 2, last - 1)
+    lost = pair_of(tiny(family), (), pair.plan.prefill_layers[-1:])
+    assert make_kv_only(lost, 2, ids, tail=5).plan.kv_only_blocks == more.plan.kv_only_blocks
+
+
+def test_with_a_tail_blocks_that_end_prefill_whole_are_as_many_as_may_be_given_up():
+    pair = pair_of(tiny("Llama"), (), ())
+    cut = (*pair.plan.prefill[:3], WithoutMLP(), pair.plan.prefill[4])
+    pair = StagePair(pair.model, pair.plan.with_parts(prefill=cut, decode=cut))
+    assert make_kv_only(pair, 1, text(8, 24), tail=5).plan.kv_only_blocks == (4,)
+    with pytest.raises(UserError, match="is 2 but only 1 blocks at the end of prefill run whole; ask for fewer"):
+        make_kv_only(pair, 2, text(8, 24), tail=5)
 
 
 def test_a_loss_that_is_not_a_number():
@@ -127,9 +138,12 @@ def test_neither_compensation_nor_healing_wakes_them():
 
 @torch.no_grad()
 def served_kl(pair, ids, judged_from=0):
-    """KL from the dense model of what a pair says: prefill's first token, then decode's; nats a token."""
+    """KL from the dense model of what a pair says: prefill's first token, then decode's; nats a token.
+
+    Prompts have no tail: as training sees them.
+    """
     half = ids.shape[1] // 2
-    oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
+    oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan.with_parts(kv_only_tail=0))
     state = oracle.prefill(ids[:, :half])
     decode = oracle.decode.logits(oracle.extend(ids[:, half:-1], half, oracle.hand_over(state)))
     served = torch.cat((state.logits[:, None], decode), 1).log_softmax(-1)
@@ -163,13 +177,15 @@ def test_prefill_learns_by_what_decode_reads_of_it(family, method):
 def test_with_a_tail_prefill_learns_by_what_is_served_behind_it():
     """Prefill's first token, which this prefill gets wrong for want of its last block, counts nothing."""
     ids = text(192, 24)
-    pair = _given_up(pair_of(tiny("Llama"), (), ()), {2, 3, 4})  # K and V are not fitted
+    pair = _given_up(pair_of(tiny("Llama"), (), ()), {2, 3, 4}, 5)  # K and V are not fitted
     rates = {"learning_rate": 2e-3, "sweep": (1.0,), "batch": 8}
     section = HealingSection(kv_only_blocks=3, kv_only_tail=5, prefill_steps=60, **rates)
     done = heal(pair, "prefill", ids, section)
     assert done.kept
     assert done.test.before == pytest.approx(served_kl(pair, ids[-24:], 5), rel=1e-4)
     assert done.test.after == pytest.approx(served_kl(done.pair, ids[-24:], 5), rel=1e-4)
+    learnt_by = {block for block, tensors in done.pair.changed["prefill"].items() if set(tensors) - ZEROS}
+    assert learnt_by == {2, 3, 4}, "tails run the block before these too, and it is the model's own"
 
 
 def test_gradients_are_the_same_with_layers_run_again():

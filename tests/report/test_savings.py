@@ -69,14 +69,14 @@ def test_bytes_stand_against_a_bfloat16_pool_first() -> None:
 
 
 def test_a_tail_is_told_of() -> None:
-    plan = PLAN.with_parts(prefill=(KVOnly(), Keep(), Keep()), kv_only_tail=16)
+    plan = PLAN.with_parts(prefill=(Keep(), Keep(), KVOnly()), kv_only_tail=16)
     assert PlanFigures.of(plan).prefill_kv_only_tail == 16
     sentence = next(notes(with_all(plan=PlanFigures.of(plan))))
     assert sentence == "Of 3 blocks prefill runs 3 (1 for K and V alone, but for a prompt's last 16 tokens), decode 2."
     picture = str(plan_picture(plan, 64))
-    assert "block 0, prefill: kv_only, but for the last 16 tokens of a prompt" in picture
+    assert "block 2, prefill: kv_only, but for the last 16 tokens of a prompt" in picture
     assert "run for its K and V alone, but for the last 16 tokens of a prompt" in picture
-    assert "but for" not in str(plan_picture(plan.with_parts(kv_only_tail=0), 64))
+    assert "but for" not in str(plan_picture(PLAN, 64))
     assert plan_table(plan, 64).caption.endswith("; kv_only: but for a prompt's last 16 tokens")
 
 

@@ -121,7 +121,7 @@ def test_figures_of_llama_8b_by_hand() -> None:
     assert cost.dense.transfer_s == pytest.approx(0.1718, abs=1e-4)
     assert cost.dense.prefill_s == 0.5
     assert cost.planned.prefill_s == 0.5 * 28 / 32
-    alone = plan.with_parts(prefill=(*prefill[:20], *(KVOnly(),) * 10, *prefill[30:]), kv_only_tail=1024)
+    alone = plan.with_parts(prefill=(*prefill[:22], *(KVOnly(),) * 10), kv_only_tail=1024)
     for isl, whole in ((512, 28), (4096, 28 - 10 * 0.9 * 3 / 4)):
         cost_at = price(alone, Traffic(isl, 256, Link.parse("25Gbps"), 0.8, 10, prefill_tokens_per_s=8192))
         assert cost_at.planned.prefill_s == pytest.approx(isl / 8192 * whole / 32)

@@ -93,7 +93,7 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
 
 
 def test_a_tail_costs_short_prompts_more() -> None:
-    prefill = (*(KVOnly(),) * 16, *(Keep(),) * 16)
+    prefill = (*(Keep(),) * 16, *(KVOnly(),) * 16)
     plan = PDPlan(model=SHAPE, prefill=prefill, decode=(Keep(),) * 32, kv=(KVSend(),) * 32, kv_only_tail=512)
     speeds = [rates_of(plan, RATES, tokens).prefill_tokens_per_s for tokens in (256, 512, 1024, 1 << 20)]
     assert speeds[:2] == [RATES.prefill_tokens_per_s] * 2

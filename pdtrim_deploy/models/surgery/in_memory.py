@@ -46,7 +46,7 @@ def keep_blocks(
     cut = _twin(model)
     cut.model.layers = nn.ModuleList([cut.model.layers[block] for block in blocks])
     for index, (block, layer) in enumerate(zip(blocks, cut.model.layers, strict=True)):
-        _renumber(layer, index)
+        renumber(layer, index)
         if block in experts:
             keep_in_memory(layer, parameters_by_expert(family, full, block), experts[block])
     config = copy.deepcopy(model.config)
@@ -78,7 +78,8 @@ def _replace(layer: nn.Module, prefix: str, name: str, tensor: torch.Tensor) -> 
     )
 
 
-def _renumber(layer: nn.Module, index: int) -> None:
+def renumber(layer: nn.Module, index: int) -> None:
+    """Tell a block's modules which layer of a model it is."""
     for module in layer.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx = index  # type: ignore[assignment]

@@ -19,11 +19,13 @@ def learnt(pair: StagePair, stage: Stage, model: CausalLM) -> list[tuple[str, ..
     """By layer of `model`, the stage's: names within it. What K and V are made with stays the dense model's.
 
     In a stage with blocks that run for their K and V alone these learn nothing but that, and the layers up to the first
-    that differs from the dense model learn nothing, but for the last of them.
+    that differs from the dense model learn nothing, but for the last of them. With a tail this does not learn either:
+    tails run it too, and other tokens with them.
     """
     blocks, names = pair.plan.layers(stage), list[tuple[str, ...]]()
     alone = [not pair.adds(stage, block) for block in blocks]
-    first = max(0, _first_changed(pair, stage) - 1) if any(alone) else 0
+    before = 0 if pair.plan.kv_only_tail else 1  # layers before the first that differs
+    first = max(0, _first_changed(pair, stage) - before) if any(alone) else 0
     for number, (layer, for_kv) in enumerate(zip(model.model.layers, alone, strict=True)):
         if number < first:
             names.append(())

@@ -42,8 +42,7 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
 
     An attention's backend is called outside of any graph, also where SGLang replays the rest of a layer from breakable
     ones; the batch that it is given then names no requests. A layer that is there for its K and V alone has no
-    attention: its rows count as computed with the next one that has. Where a plan has a tail, a layer is computed once
-    the tail's model has run it.
+    attention: its rows count as computed with the next one that has, or at the end.
 
     Raises:
         RuntimeError: the prefix cache is another one than SGLang's own, and would not tell of moved pages.
@@ -57,7 +56,6 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
             "--disable-radix-cache, or serve without --send-by-layer"
         )
     forward, attend, pages_of = runner.forward, runner.attn_backend.forward, _pages_of(runner)
-    tails = getattr(runner, "pdtrim_tails", None)
 
     def followed(batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.forward_mode.is_extend() or not batch.rids:
@@ -75,8 +73,7 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
 
     def attended(q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         result = attend(q, k, v, layer, batch, *args, **kwargs)
-        if tails is None or tails.completes(batch):
-            layerwise.computed(layer.layer_id)
+        layerwise.computed(layer.layer_id)
         return result
 
     runner.forward, runner.attn_backend.forward = followed, attended

@@ -1,31 +1,41 @@
-"""The model that prompts run through before their tails: loaded as SGLang loads any other, beside the tails'.
+"""Layers that tokens before a tail run for their K and V alone: loaded as SGLang loads any others, beside the model's.
 
 Written against SGLang 0.5.23 (ModelRunner.load_model).
 """
 
 from __future__ import annotations
 
-import copy
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from pdtrim_deploy.plan.blocks import BODY
+from pdtrim_sglang.kv_only import keep_only_kv
+from pdtrim_sglang.sublayers import free
 
 
-def load_body(runner: Any) -> Any:
-    """SGLang's model of the body's folder, on the device of `runner`, whose model is the tails'."""
-    from sglang.srt.model_executor.model_runner_components.load_model_utils import (
-        load_kv_cache_scales,
-        load_model_with_memory_saver,
-    )
+def load_bodies(runner: Any, first: int) -> list[Any]:
+    """Layers of the body's folder, which write K and V where those of `runner`'s model from the `first` on do."""
+    model = _load(runner)
+    bodies, layers, hidden = list(model.model.layers), runner.model.model.layers, runner.model.config.hidden_size
+    for part in chain(model.children(), model.model.children()):
+        if part not in (model.model, model.model.layers):
+            free(part)
+    for body, layer in zip(bodies, layers[first:], strict=True):
+        body.self_attn.attn = layer.self_attn.attn  # its number, and scales of its rows
+        keep_only_kv(body, hidden)
+        free(body.post_attention_layernorm)
+    return bodies
 
-    config = copy.copy(runner.model_config)
-    config.model_path = str(Path(config.model_path) / BODY)
-    body = load_model_with_memory_saver(
+
+def _load(runner: Any) -> Any:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.model_runner_components.load_model_utils import load_model_with_memory_saver
+
+    folder = str(Path(runner.model_config.model_path) / BODY)
+    config = ModelConfig.from_server_args(runner.server_args, model_path=folder)
+    config.dtype = runner.model_config.dtype  # which SGLang lowers on some GPUs
+    return load_model_with_memory_saver(
         model_config=config,
         load_config=runner.load_config,
         device=runner.device,
@@ -33,30 +43,3 @@ def load_body(runner: Any) -> Any:
         memory_saver_adapter=runner.memory_saver_adapter,
         is_draft_worker=False,
     ).model
-    load_kv_cache_scales(model=body, kv_cache_dtype=runner.server_args.kv_cache_dtype)
-    return body
-
-
-def share_equal(body: nn.Module, tail: nn.Module) -> int:
-    """Give `body` the tensors of `tail` that are equal to its own; returns the bytes freed.
-
-    Embeddings are, and what neither a fit nor training has changed.
-    """
-    freed, others = 0, _tensors(tail)
-    for name, tensor in _tensors(body).items():
-        other = others.get(name)
-        if other is not None and tensor.data_ptr() != other.data_ptr() and _equal(tensor, other):
-            freed += tensor.nbytes
-            tensor.data = other.data
-    return freed
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(chain(module.named_parameters(), module.named_buffers()))
-
-
-def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """By their bytes: torch compares no FP8."""
-    if tensor.shape != other.shape or tensor.dtype != other.dtype:
-        return False
-    return torch.equal(*(side.detach().contiguous().flatten().view(torch.uint8) for side in (tensor, other)))

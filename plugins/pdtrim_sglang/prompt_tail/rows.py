@@ -19,10 +19,18 @@ from pdtrim_sglang.by_request import ByRequest
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Rows of a batch, int64 on its device, and a batch of them alone."""
+    """Rows of a batch, int64 on its device, and a batch of them alone; None: all rows, and the batch itself."""
 
-    rows: Tensor
+    rows: Tensor | None
     batch: Any
+
+
+@dataclass(frozen=True)
+class Division:
+    """What a batch has of tokens that some layers run for their K and V alone, and of tails, which run them whole."""
+
+    body: BatchPart
+    tail: BatchPart | None = None
 
 
 def tail_lengths(
