@@ -67,8 +67,8 @@ def training_costs(
     if behind_kv:
         stages = [_Stage(healing.kv_steps, after, (recipe.kv.prompt_tokens, half), healed=healed)]
     else:
-        halves = (half, healing.length - half)
-        text, reader = (halves, after) if alone else ((0, healing.length), 0)
+        halves, prompt = (half, healing.length - half), healing.trained_prompt(healing.length)
+        text, reader = ((prompt, healing.length - prompt), after) if alone else ((0, healing.length), 0)
         stages = [
             _Stage(healing.prefill_steps, before, text, alone, reader),
             _Stage(healing.decode_steps, after, halves, healed=healed),

@@ -59,7 +59,8 @@ class StudentsSection(Section):
 class HealingSection(Section):
     """Changes to a stage's weights after its blocks are chosen; prefill first, then decode on prefill's KV.
 
-    Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt. (For
+    Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt. (With a
+    tail prefill's prompts may be longer. For
     `kv_steps` prompts are as long as those that KV is chosen on.)
 
     Training by gradients distils the dense model's logits, after a share of steps that fit its hidden states.
@@ -71,8 +72,9 @@ class HealingSection(Section):
             on 16 sequences at most; with a tail, the last ones. `prefill_steps` then train prefill by what decode
             predicts behind its KV.
         kv_only_tail: the last tokens of each prompt, which run the unchanged model: all blocks, its own weights. On
-            prompts much longer than that prefill saves almost as much, and loses less. Prefill holds both sets of
-            weights, equal tensors once. What is predicted within its tokens does not count in training.
+            prompts much longer than that prefill saves almost as much, and loses less. Prefill's KV-only blocks are
+            there twice. What is predicted within its tokens does not count in training, whose prompts are `length` less
+            twice the tail, and half of it at least.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` (or
@@ -181,11 +183,15 @@ class HealingSection(Section):
         return self.sequences if self.fit_sequences is None else self.fit_sequences
 
     def judged_from(self, length: int) -> int:
-        """The first position behind a prompt that counts in training of KV-only prefill, of `length` / 2.
+        """The first position behind the prompt of a sequence that counts in training of KV-only prefill.
 
-        Those within a tail do not count, since the unchanged model predicts them; half of them do, whatever the tail.
+        Those within a tail do not count, since the unchanged model predicts them; as many do that come behind it.
         """
         return min(self.kv_only_tail, length // 4)
+
+    def trained_prompt(self, length: int) -> int:
+        """Tokens of a sequence that are prompt where KV-only prefill is trained: with a tail all but twice its tokens."""
+        return length - 2 * self.judged_from(length) if self.kv_only_tail else length // 2
 
     def decides(self, *, trains: bool) -> dict[str, Any]:
         """What weights depend on, as JSON; where gradients make them, with the values of training, defaults too."""

@@ -139,5 +139,5 @@ def _reader(
     model = model or trained_model(pair, stage)
     if stage == "prefill" and pair.plan.kv_only_layers:
         length = ids.shape[1]
-        return PairReader(pair, model, length // 2, recomputes, section.judged_from(length))
+        return PairReader(pair, model, section.trained_prompt(length), recomputes, section.judged_from(length))
     return StageReader(pair, stage, model, prompt_kv, recomputes)
