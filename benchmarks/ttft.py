@@ -1,9 +1,9 @@
-"""TTFT of served pairs whose prefill has KV-only blocks, with a tail and without, over dense's -> results/ttft.json.
+"""TTFT of served pairs whose prefill's last blocks are KV-only, with a tail, over dense's -> results/ttft.json.
 
 `make bench-ttft`, on a machine that does nothing else. SmolLM2-135M, dequantised from Q4_1, in float32, KV native.
-Three pairs are up at once and answer one request at a time, in turns: dense, and prefill with blocks that make K and V
-alone, without a tail and with one. Time does not depend on which blocks these are, nor on their weights, so they are
-fitted on little text. Predicted is the work of prefill's blocks (`prefill_share`).
+All pairs are up at once and answer one request at a time, in turns: dense, and one for each number of blocks that make
+K and V alone. Time does not depend on their weights, so they are fitted on little text. Predicted is the work of
+prefill's blocks (`prefill_share`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ OUT = HERE.parent / "out" / "bench-ttft"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=12, help="that make K and V alone")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 10, 12], help="that make K and V alone")
     parser.add_argument("--tail", type=int, default=128, help="tokens")
     parser.add_argument("--prompts", type=int, nargs="+", default=[448, 1920], help="tokens")
     parser.add_argument("--requests", type=int, default=4, help="of a pair in each round")
     parser.add_argument("--rounds", type=int, default=8, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tails = {DENSE: None, "no tail": 0, f"tail of {options.tail}": options.tail}
-    bundles = {name: bundle_of(name, options.blocks, tail) for name, tail in tails.items()}
+    pairs = {DENSE: 0} | {f"{blocks} blocks": blocks for blocks in options.blocks}
+    bundles = {name: bundle_of(name, blocks, options.tail) for name, blocks in pairs.items()}
     loads = {
         str(prompt): Scenario.closed(options.requests, 1, (prompt,) * 2, (4, 4), seed=options.seed)
         for prompt in options.prompts
@@ -43,7 +43,7 @@ def main() -> None:
         dense_ms = rounds.total[DENSE].ttft_ms.p50
         for name, bundle in bundles.items():
             if name != DENSE:
-                about = {"prompt": int(prompt), "pair": name, "tail": tails[name], "dense_ms": dense_ms}
+                about = {"prompt": int(prompt), "blocks": pairs[name], "tail": options.tail, "dense_ms": dense_ms}
                 about["predicted"] = bundle.plan.prefill_share(int(prompt))
                 rows.append(row_of(ratio(FIGURE, name, DENSE, rounds), busy, **about))
                 print(rows[-1])
@@ -51,10 +51,10 @@ def main() -> None:
         print(write("ttft", options, rows))
 
 
-def bundle_of(name: str, blocks: int, tail: int | None) -> Bundle:
-    """A pair's bundle; `tail` None: of the unpruned model."""
+def bundle_of(name: str, blocks: int, tail: int) -> Bundle:
+    """A pair's bundle; without KV-only blocks of the unpruned model."""
     recipe = Recipe.load(HERE.parent / "recipes" / "smollm2-dense.yaml")
-    if tail is not None:
+    if blocks:
         healing = {"kv_only_blocks": blocks, "kv_only_tail": tail, "sequences": 2, "length": 64}
         recipe = recipe.changed("benchmarks/ttft.py", "healing", **healing)
     return built(recipe, OUT / name.replace(" ", "-"))
