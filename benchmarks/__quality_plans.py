@@ -23,7 +23,7 @@ _BLOCKS = {
 }
 
 
-_TAILED = ["calibration/mixed-agents.yaml", "healing/kv-only-12-tail.yaml"]
+_TAILED = ["calibration/mixed-code-agents.yaml", "healing/kv-only-10-tail.yaml"]
 
 
 def _budget(saved: float) -> dict[str, Any]:

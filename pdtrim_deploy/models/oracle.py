@@ -27,7 +27,7 @@ from pdtrim_deploy.models.linear_attention import to_pool as state_to_pool
 from pdtrim_deploy.models.pd_run import continuation_logprobs
 from pdtrim_deploy.models.prompt_tail import tail_model
 from pdtrim_deploy.models.sublayers import skip_sublayers
-from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Sublayer
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class PDOracle:
             layers, planned = len(models[stage].model.layers), plan.layers(stage)
             if layers != len(planned):
                 raise ValueError(f"the {stage} model has {layers} layers, the plan {len(planned)}")
-            models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage))
+            adds_nothing: dict[int, Sublayer] = dict.fromkeys(plan.kv_only_blocks if stage == "prefill" else (), "mlp")
+            models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage) | adds_nothing)
         tail = tail_model(prefill_model, plan)
         if tail is not None:
             tail = skip_sublayers(tail, plan.layers("prefill"), plan.missing("prefill"))

@@ -126,7 +126,10 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
         name: (info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item, (*info.shape, 1)[0])
         for name, info in checkpoint.tensors.items()
     }
-    sizes = {name: _bytes_of(tensors, checkpoint.family, plan, stage, plan.layers(stage)) for name, stage in plan.checkpoints.items()}
+    sizes = {
+        name: _bytes_of(tensors, checkpoint.family, plan, stage, plan.layers(stage))
+        for name, stage in plan.checkpoints.items()
+    }
     if plan.kv_only_tail:
         sizes["prefill"] += _bytes_of(tensors, checkpoint.family, plan, "prefill", plan.kv_only_blocks)
     done = {step for step, is_done in steps.items() if is_done}
@@ -192,7 +195,9 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
         for name, shape in shapes.items()
     }
     stages = plan.checkpoints if tensors else {}
-    sizes = {name: _bytes_of(tensors, family, plan, stage, plan.layers(stage)) for name, stage in stages.items()} or None
+    sizes = {
+        name: _bytes_of(tensors, family, plan, stage, plan.layers(stage)) for name, stage in stages.items()
+    } or None
     if sizes and plan.kv_only_tail:
         sizes["prefill"] += _bytes_of(tensors, family, plan, "prefill", plan.kv_only_blocks)
     costs = _costs(recipe, config, compute, ())

@@ -63,14 +63,15 @@ def training_costs(
     healing, pruning, blocks = recipe.healing, recipe.pruning, config["num_hidden_layers"]
     before, after = blocks - pruning.prefill_blocks, blocks - pruning.decode_blocks
     half, alone = healing.length // 2, healing.kv_only_blocks
-    healed = _changed(ModelSizes.of(config), before, alone) if healing.prefill_steps else 0
+    tail = healing.kv_only_tail > 0
+    healed = _changed(ModelSizes.of(config), before, alone, tail) if healing.prefill_steps else 0
     if behind_kv:
         stages = [_Stage(healing.kv_steps, after, (recipe.kv.prompt_tokens, half), healed=healed)]
     else:
         halves, prompt = (half, healing.length - half), healing.trained_prompt(healing.length)
         text, reader = ((prompt, healing.length - prompt), after) if alone else ((0, healing.length), 0)
         stages = [
-            _Stage(healing.prefill_steps, before, text, alone, reader),
+            _Stage(healing.prefill_steps, before, text, alone, reader, tail=tail),
             _Stage(healing.decode_steps, after, halves, healed=healed),
         ]
     item = ITEM_BYTES[recipe.model.measured_in]
@@ -87,6 +88,7 @@ class _Stage:
         alone: of its blocks, those that run for their K and V alone.
         reader: blocks of decode through which gradients come to such a stage; 0 for others.
         healed: trained weights of the prefill that makes its prompt KV.
+        tail: whether the blocks that are `alone` are its last, and learn alone.
 
     """
 
@@ -96,6 +98,7 @@ class _Stage:
     alone: int = 0
     reader: int = 0
     healed: int = 0
+    tail: bool = False
 
 
 def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: _Stage, streams: bool) -> TrainingCost:
@@ -108,9 +111,11 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     # gradients come through decode, its weights have none.
     trained = 3 * prompts * blocks + 2 * tokens * reader if reader else (prompts + 3 * tokens) * blocks
     trained += (prompts * blocks + tokens * reader if reader else tokens * blocks) if recomputes else 0
+    if stage.tail:  # the dense model has run all else; gradients come through decode's last blocks alone
+        trained = (3 if recomputes else 2) * tokens * stage.alone
     flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + trained)
     query, inner = heads * head, min(sizes.inner, 8 * sizes.expert_width)
-    weights = _changed(sizes, stage.blocks, stage.alone)
+    weights = _changed(sizes, stage.blocks, stage.alone, stage.tail)
     added = _additions(healing.lora_rank, sizes, query) * stage.blocks
     changed = added if healing.method == "lora" else weights
     # itself, its gradient and two means; a copy in 16 bits and its gradient, or where an addition began
@@ -121,6 +126,8 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     # what one token leaves in a block until its gradients come
     values = 5 * sizes.hidden + 3 * query + 2 * sizes.kv_width + 3 * inner
     held = [n * sizes.hidden + values if recomputes else n * values for n in (blocks, reader)]
+    if stage.tail:
+        held = [0, held[1] // reader * stage.alone]
     kept = prompts * held[0] + tokens * held[1] if reader else tokens * held[0]
     running = item * (kept + 2 * prompts * sizes.kv_width * stage.blocks)
     # gradients hold the weights of their block, and of decode's that reads it, whether others have come or not
@@ -140,9 +147,12 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     )
 
 
-def _changed(sizes: ModelSizes, blocks: int, alone: int) -> int:
-    """Weights that are trained: what K and V are made with is frozen, but in blocks that are `alone` for these."""
-    return (sizes.block - sizes.kv) * (blocks - alone) + sizes.kv * alone
+def _changed(sizes: ModelSizes, blocks: int, alone: int, tail: bool) -> int:
+    """Weights that are trained: what K and V are made with is frozen, but in blocks that are `alone` for these.
+
+    With a `tail` all else is frozen.
+    """
+    return (0 if tail else (sizes.block - sizes.kv) * (blocks - alone)) + sizes.kv * alone
 
 
 def _additions(rank: int, sizes: ModelSizes, query: int) -> int:

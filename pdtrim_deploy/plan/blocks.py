@@ -67,7 +67,7 @@ class WithoutMLP(Frozen):
 
 
 BODY = "body"
-"""Folder in a prefill checkpoint whose plan has a tail: a checkpoint of the `KVOnly` blocks as they were fitted or trained.
+"""Folder in a prefill checkpoint whose plan has a tail: a checkpoint of the `KVOnly` blocks, fitted or trained.
 
 Tokens before the tail go through these for their K and V. The checkpoint around it has all blocks, with the model's own
 weights.

@@ -73,7 +73,9 @@ class StageBlocks(Frozen):
         if self.kv_only_tail and self.kv_only_layers[0] == 0:
             raise ValueError(f"kv_only_tail is {self.kv_only_tail} but prefill runs no block whole for other tokens")
         if self.kv_only_tail and (whole := [b for b in self._behind_kv_only if self.prefill[b].kind != "kv_only"]):
-            raise ValueError(f"kv_only_tail is {self.kv_only_tail} but prefill runs block {whole[0]} behind a kv_only one")
+            raise ValueError(
+                f"kv_only_tail is {self.kv_only_tail} but prefill runs block {whole[0]} behind a kv_only one"
+            )
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:
@@ -109,8 +111,9 @@ class StageBlocks(Frozen):
 
     @cached_property
     def last_whole_blocks(self) -> tuple[int, ...]:
-        """Blocks that prefill keeps whole, behind its first and any that it does not: those that may be KV-only beside a
-        tail.
+        """Blocks that prefill keeps whole, behind its first and any that it does not.
+
+        These may be KV-only where there is a tail.
         """
         kept = list(takewhile(lambda block: self.prefill[block].kind == "keep", reversed(self.prefill_layers[1:])))
         return tuple(reversed(kept))

@@ -10,7 +10,7 @@ from torch import Tensor
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.prompt_tail import attach
 from pdtrim_deploy.models.surgery import Replacements, keep_blocks
-from pdtrim_deploy.plan import Action, PDPlan, Stage
+from pdtrim_deploy.plan import STAGES, Action, PDPlan, Stage
 
 Tensors = Mapping[str, Tensor]
 
@@ -38,6 +38,17 @@ class StagePair:
         for block, tensors in more.items():
             merged[block] = {**merged.get(block, {}), **tensors}
         return replace(self, changed={**self.changed, stage: merged})
+
+    @property
+    def shared_layers(self) -> int:
+        """How many of the first layers are the dense model's in both stages."""
+        plan, changed = self.plan, {block for blocks in self.changed.values() for block in blocks}
+        changed |= {block for stage in STAGES for block in plan.kept_experts(stage)}
+        for layer, blocks in enumerate(zip(plan.prefill_layers, plan.decode_layers, strict=False)):
+            kept = all(plan.actions(stage)[layer].kind == "keep" for stage in STAGES)
+            if blocks != (layer, layer) or not kept or layer in changed:
+                return layer
+        return min(len(plan.prefill_layers), len(plan.decode_layers))
 
     def spans(self, stage: Stage) -> tuple[tuple[int, int], ...]:
         """For each layer of the stage `(stop, next)`: its output stands for `x_stop`, what reads it wants `x_next`.

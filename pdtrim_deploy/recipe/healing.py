@@ -190,7 +190,7 @@ class HealingSection(Section):
         return min(self.kv_only_tail, length // 4)
 
     def trained_prompt(self, length: int) -> int:
-        """Tokens of a sequence that are prompt where KV-only prefill is trained: with a tail all but twice its tokens."""
+        """Tokens of a sequence that are its prompt where KV-only prefill is trained: with a tail all but twice that."""
         return length - 2 * self.judged_from(length) if self.kv_only_tail else length // 2
 
     def decides(self, *, trains: bool) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pdtrim_sglang.prompt_tail.tails import PromptTails
 from pdtrim_sglang.requirements.prompt_tail import check_two_models
 
 UPDATES = (
-    "pdtrim: new weights would not reach the layers that make K and V of most prompt tokens: build a bundle of them, and "
-    "start prefill with it"
+    "pdtrim: new weights would not reach the layers that make K and V of most prompt tokens: build a bundle of them, "
+    "and start prefill with it"
 )
 logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 

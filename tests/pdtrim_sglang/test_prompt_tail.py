@@ -157,7 +157,8 @@ def worker():
     """
     bound, first, second, layers, bodies = [], Backend(), Backend(), [Layer() for _ in range(3)], [Body(), Body()]
     runner = SimpleNamespace(
-        attn_backend=first, _get_attention_backend=lambda: second, model=SimpleNamespace(model=SimpleNamespace(layers=layers)),
+        attn_backend=first, _get_attention_backend=lambda: second,
+        model=SimpleNamespace(model=SimpleNamespace(layers=layers)),
         kv_index_translator=SimpleNamespace(bind_own_plan=bound.append),
     )  # fmt: skip
     tails = PromptTails(4, 1, bodies)

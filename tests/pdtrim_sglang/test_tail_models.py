@@ -1,4 +1,4 @@
-"""Prompts whose last layers are divided by us, against SGLang's own chunks through two models: the body's, the tail's."""
+"""Prompts whose last layers we divide, against SGLang's own chunks of two models: the body's, then the tail's."""
 
 import copy
 import json
@@ -174,7 +174,7 @@ def test_no_hidden_state_is_held_when_a_batch_has_run(models):
     tails = tails_of(body)
     worker = Worker(whole, tails)
     worker.run([("a", 0, 0, 13)])
-    assert all(part.batch.residual_stream is None for part in (tails._parts.body, tails._parts.tail))
+    assert all(part.batch.residual_stream is None for part in tails._division.parts)
     assert whole.layers[-1].forward.func.__self__._body is None
 
 
@@ -209,8 +209,8 @@ def runner_of(model, folder, plan):
             disaggregation_mode="prefill", pp_size=1, kv_cache_dtype="auto", cpu_offload_gb=0, offload_group_size=-1,
             weight_cache_mode="off", model_checksum=None, load_format="auto",
         ),
-        model_config=SimpleNamespace(model_path=str(folder), dtype=torch.float32), load_config="as the worker's", device="cpu", gpu_id=0,
-        memory_saver_adapter="saver",
+        model_config=SimpleNamespace(model_path=str(folder), dtype=torch.float32), load_config="as the worker's",
+        device="cpu", gpu_id=0, memory_saver_adapter="saver",
     )  # fmt: skip
 
 
@@ -252,9 +252,7 @@ def test_bodies_write_where_layers_do_that_stand_behind_sublayers_left_out(loade
         ("load_format", "remote_instance", "--load-format remote_instance"),
     ],
 )
-def test_options_on_one_model_s_weights_are_refused_before_others_are_loaded(
-    loaded, monkeypatch, field, value, option
-):
+def test_options_on_one_model_s_weights_are_refused_before_others_are_loaded(loaded, monkeypatch, field, value, option):
     runner, _, _ = loaded(plan_of())
     monkeypatch.setattr(body_module, "_load", lambda _: pytest.fail("it was loaded"))
     setattr(runner.server_args, field, value)

@@ -99,8 +99,14 @@ def test_operations_of_blocks_for_k_and_v_alone_count_their_fits() -> None:
         {"prefill_steps": 1, "decode_steps": 2},  # the second has Adam's means beside its gradients
         {"decode_steps": 2, "gradient_checkpointing": "true", "method": "lora"},
         {"prefill_steps": 2, "kv_only_blocks": 2},  # gradients come through decode
+        {"prefill_steps": 2, "kv_only_blocks": 2, "kv_only_tail": 16},  # through its last blocks alone
     ],
-    ids=["both stages, all weights", "LoRA, layers run again", "K and V alone, through the pair"],
+    ids=[
+        "both stages, all weights",
+        "LoRA, layers run again",
+        "K and V alone, through the pair",
+        "the same, with a tail",
+    ],
 )
 def test_memory_of_training(
     healing: dict[str, object], tmp_path: Path, tiny_model: Callable[..., Path], text: Path

@@ -137,12 +137,12 @@ def test_neither_compensation_nor_healing_wakes_them():
 
 
 @torch.no_grad()
-def served_kl(pair, ids, judged_from=0):
+def served_kl(pair, ids, judged_from=0, prompt=None):
     """KL from the dense model of what a pair says: prefill's first token, then decode's; nats a token.
 
-    Prompts have no tail: as training sees them.
+    Prompts, by default half of each sequence, have no tail: as training sees them.
     """
-    half = ids.shape[1] // 2
+    half = ids.shape[1] // 2 if prompt is None else prompt
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan.with_parts(kv_only_tail=0))
     state = oracle.prefill(ids[:, :half])
     decode = oracle.decode.logits(oracle.extend(ids[:, half:-1], half, oracle.hand_over(state)))
@@ -182,10 +182,38 @@ def test_with_a_tail_prefill_learns_by_what_is_served_behind_it():
     section = HealingSection(kv_only_blocks=3, kv_only_tail=5, prefill_steps=60, **rates)
     done = heal(pair, "prefill", ids, section)
     assert done.kept
-    assert done.test.before == pytest.approx(served_kl(pair, ids[-24:], 5), rel=1e-4)
-    assert done.test.after == pytest.approx(served_kl(done.pair, ids[-24:], 5), rel=1e-4)
+    assert done.test.before == pytest.approx(served_kl(pair, ids[-24:], 5, 14), rel=1e-4)  # all but twice the tail
+    assert done.test.after == pytest.approx(served_kl(done.pair, ids[-24:], 5, 14), rel=1e-4)
     learnt_by = {block for block, tensors in done.pair.changed["prefill"].items() if set(tensors) - ZEROS}
     assert learnt_by == {2, 3, 4}, "tails run the block before these too, and it is the model's own"
+
+
+@pytest.mark.parametrize(("lost", "shared"), [((), 2), ((1,), 1), ((4,), 2)])
+def test_layers_that_all_share_are_run_once_with_the_same_gradients(lost, shared):
+    ids = text(16, 24)
+    pair, text_of_two = fit_kv_only(pair_of(tiny("Qwen3"), (), lost), {2, 3, 4}, ids, tail=5), text(2, 24, seed=3)
+    assert pair.shared_layers == shared
+    gradients, losses, runs = [], [], []
+    for layers in (0, shared):
+        model = trained_model(pair, "prefill")
+        weights = FullWeights(model, pair.plan.prefill_layers, learnt(pair, "prefill", model))
+        reader, ran = PairReader(pair, model, 14, judged_from=5, shared=layers), []
+        hooks = [
+            stage.layers[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            for stage in (reader.dense, reader.runner, reader._decode)
+        ]
+        losses.append(LogitLoss(reader).backward(text_of_two))
+        for hook in hooks:
+            hook.remove()
+        gradients.append([master.grad for master in weights.masters])
+        runs.append(len(ran))
+        more = reader.divergences(ids, 2)
+    assert runs == [3, 1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for plain, once in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, once)
+    again = PairReader(pair, trained_model(pair, "prefill"), 14, judged_from=5).divergences(ids, 2)
+    torch.testing.assert_close(more, again, rtol=1e-5, atol=1e-8)
 
 
 def test_gradients_are_the_same_with_layers_run_again():

@@ -41,7 +41,7 @@ def ttft(data: dict[str, Any] | None) -> str:
     rows = [
         (
             f"{row['prompt']:,}",
-            f"{options['blocks']} KV-only blocks, {row['pair']}",
+            f"the last {row['blocks']} blocks KV-only, tail of {row['tail']}",
             f"{row['predicted']:.2f}",
             ratio(row, "ratio", "low", "high"),
             f"{row['dense_ms']:.0f}",

@@ -139,5 +139,8 @@ def _reader(
     model = model or trained_model(pair, stage)
     if stage == "prefill" and pair.plan.kv_only_layers:
         length = ids.shape[1]
-        return PairReader(pair, model, section.trained_prompt(length), recomputes, section.judged_from(length))
+        learns = 0 if pair.plan.kv_only_tail else 1  # of the layers that both stages share, the last
+        shared = max(0, pair.shared_layers - learns)
+        prompt, judged_from = section.trained_prompt(length), section.judged_from(length)
+        return PairReader(pair, model, prompt, recomputes, judged_from, shared)
     return StageReader(pair, stage, model, prompt_kv, recomputes)

@@ -26,13 +26,23 @@ class PairReader(Reader):
         prompt: tokens of each prompt.
         judged_from: of these states, the first that counts; from 1 on, none is prefill's.
         recomputes: as in `StageReader`; of prefill's layers and of those that read their KV.
+        shared: how many of the first layers are the dense model's in both stages, and do not learn: text goes through
+            them once.
 
     """
 
     def __init__(
-        self, pair: StagePair, model: CausalLM, prompt: int, recomputes: bool = False, judged_from: int = 0
+        self,
+        pair: StagePair,
+        model: CausalLM,
+        prompt: int,
+        recomputes: bool = False,
+        judged_from: int = 0,
+        shared: int = 0,
     ) -> None:
         super().__init__(pair.model, model)
+        self._shared = shared
+        self._read: tuple[Tensor, LayerRun] | None = None
         self._decode, self._sources, self._prompt = Blockwise(pair.stage("decode")), pair.plan.kv_sources, prompt
         self._adds = [pair.adds("prefill", block) for block in pair.plan.prefill_layers]
         self._recomputes, self._judged_from = recomputes, judged_from
@@ -40,6 +50,10 @@ class PairReader(Reader):
     def hidden(self, ids: Tensor) -> Tensor:
         """As in `Reader`: `[batch, T - prompt - judged_from, hidden]`, to the last token but one."""
         run = PDRun(self.runner, self._decode, self._sources, [ids], self._prompt)
+        if self._shared:
+            (states,) = self._behind_shared(ids).states
+            for part, rows in ((run.prefill, slice(self._prompt)), (run.decode, slice(self._prompt, None))):
+                part.states, part.layer = [states[:, rows]], self._shared
         while run.prefill.running:
             run = self._advanced(run)
         prompt, more = _states(run)
@@ -48,8 +62,18 @@ class PairReader(Reader):
     @torch.no_grad()
     def dense_hidden(self, ids: Tensor) -> Tensor:
         """As in `Reader`."""
-        (hidden,) = LayerRun(self.dense, [ids[:, :-1]]).finish()
+        (hidden,) = self._behind_shared(ids).finish()
         return hidden[:, self._prompt - 1 + self._judged_from :]
+
+    @torch.no_grad()
+    def _behind_shared(self, ids: Tensor) -> LayerRun:
+        """The dense model's run of text, behind the layers that all share: once for the text of the last call."""
+        if self._read is None or self._read[0] is not ids:
+            run = LayerRun(self.dense, [ids[:, :-1]])
+            while run.layer < self._shared:
+                run.advance()
+            self._read = ids, run
+        return self._read[1].fork()
 
     def _advanced(self, run: PDRun) -> PDRun:
         """`run` past prefill's next layer."""

@@ -50,33 +50,34 @@ class DividedLayers:
         division = self._division(call["forward_batch"])
         if division is None:
             return whole(**call)
-        if division.tail is None:
-            return self._bodies_alone(number, call, division.body)
-        return self._tails(number, whole, call, division.body, division.tail)
+        if division.parts is None:
+            return self._bodies_alone(number, call)
+        return self._tails(number, whole, call, *division.parts)
 
-    def _bodies_alone(self, number: int, call: dict[str, Any], body: BatchPart) -> Any:
-        state = State.of(call, body.batch)
+    def _bodies_alone(self, number: int, call: dict[str, Any]) -> Any:
+        batch = call["forward_batch"]
+        state = State.of(call, batch)
         if number == 0:
-            self._write_kv(call, body, state)
+            self._write_kv(call["positions"], state, batch)
         if call.get(CAPTURE) is not None:
             call[CAPTURE](state.added, owned=True)
-        return self._result(state, body.batch)
+        return self._result(state, batch)
 
     def _tails(
         self, number: int, whole: Callable[..., Any], call: dict[str, Any], body: BatchPart, tail: BatchPart
     ) -> Any:
-        batch, changed = call["forward_batch"], {"forward_batch": tail.batch}
+        batch, changed, rows = call["forward_batch"], {"forward_batch": tail.batch}, (body.rows, tail.rows)
         if number == 0:
             state = State.of(call, batch)
             self._body = state.rows(body.rows)
-            self._write_kv(call, body, self._body)
+            self._write_kv(call["positions"][body.rows], self._body, body.batch)
             changed |= self._known(state.rows(tail.rows).arguments(tail.batch))
         assert self._body is not None
-        left, rows = self._body, (body.rows, tail.rows)
+        left = self._body
         if (capture := call.get(CAPTURE)) is not None:
             changed[CAPTURE] = lambda read, **_: capture(together((left.added, read), rows), owned=True)
-        others = {name: value for name, value in call.items() if name not in changed and name not in State.ARGUMENTS}
-        changed |= {name: _rows(value, tail.rows) for name, value in others.items()}
+        others = call.keys() - changed.keys() - {*State.ARGUMENTS}
+        changed |= {name: _rows(call[name], tail.rows) for name in others}
         with forward_context(get_forward_context(), forward_batch=tail.batch):
             result = whole(**(call | changed))
         if number < self._last:
@@ -84,12 +85,11 @@ class DividedLayers:
         self._body = None
         return self._result(joined((left, State.of(_arguments(result), tail.batch)), rows), batch)
 
-    def _write_kv(self, call: dict[str, Any], body: BatchPart, state: State) -> None:
-        positions = _rows(call["positions"], body.rows)
-        with forward_context(get_forward_context(), forward_batch=body.batch):
+    def _write_kv(self, positions: Tensor, state: State, batch: Any) -> None:
+        hidden = state.added
+        with forward_context(get_forward_context(), forward_batch=batch):
             for layer in self._bodies:
-                hidden = layer.input_layernorm(state.added)
-                layer.self_attn(positions=positions, hidden_states=hidden, forward_batch=body.batch)
+                layer.self_attn(positions=positions, hidden_states=layer.input_layernorm(hidden), forward_batch=batch)
 
     def _result(self, state: State, batch: Any) -> Any:
         arguments = self._known(state.arguments(batch))
@@ -105,5 +105,5 @@ def _arguments(result: Any) -> dict[str, Any]:
     return dict(zip(State.ARGUMENTS, result if isinstance(result, tuple) else (result,), strict=False))
 
 
-def _rows(value: Any, rows: Tensor | None) -> Any:
-    return value[rows] if isinstance(value, Tensor) and rows is not None else value
+def _rows(value: Any, rows: Tensor) -> Any:
+    return value[rows] if isinstance(value, Tensor) else value

@@ -19,18 +19,20 @@ from pdtrim_sglang.by_request import ByRequest
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Rows of a batch, int64 on its device, and a batch of them alone; None: all rows, and the batch itself."""
+    """Rows of a batch, int64 on its device, and a batch of them alone."""
 
-    rows: Tensor | None
+    rows: Tensor
     batch: Any
 
 
 @dataclass(frozen=True)
 class Division:
-    """What a batch has of tokens that some layers run for their K and V alone, and of tails, which run them whole."""
+    """What a batch has of tokens that some layers run for K and V alone, and of tails, which run them whole.
 
-    body: BatchPart
-    tail: BatchPart | None = None
+    A batch of bodies alone has no parts.
+    """
+
+    parts: tuple[BatchPart, BatchPart] | None = None
 
 
 def tail_lengths(

@@ -52,10 +52,8 @@ class State:
         handle, batch.residual_stream = ResidualStream.from_handoff(self.hidden, self.residual, self.update)
         return {"hidden_states": handle}
 
-    def rows(self, rows: Tensor | None) -> State:
-        """Of these rows, int64; None: all."""
-        if rows is None:
-            return self
+    def rows(self, rows: Tensor) -> State:
+        """Of these rows, int64."""
         residual = None if self.residual is None else self.residual[rows]
         return State(self.hidden[rows], residual, self.update, self.with_batch)
 

@@ -27,7 +27,7 @@ class PromptTails:
         self._tokens, self._first, self._bodies = tokens, first, bodies
         self._prompts = ByRequest[int]()
         self._batch: Any = None
-        self._parts: Division | None = None
+        self._division: Division | None = None
 
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
@@ -61,19 +61,23 @@ class PromptTails:
         prepare, attend, bind = whole.init_forward_metadata, whole.forward, runner.kv_index_translator.bind_own_plan
 
         def prepared(batch: Any, *args: Any, **kwargs: Any) -> None:
-            self._batch, self._parts = batch, self._divided(batch)
+            self._batch, self._division = batch, self._divided(batch)
             prepare(batch, *args, **kwargs)
-            if self._parts is not None and self._parts.tail is not None:
-                bind(self._parts.tail.batch)
-                tails.init_forward_metadata(self._parts.tail.batch)
+            if (tail := self._tail) is not None:
+                bind(tail.batch)
+                tails.init_forward_metadata(tail.batch)
 
         def attended(q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            tail = None if self._parts is None else self._parts.tail
-            if tail is not None and batch is tail.batch:
+            if (tail := self._tail) is not None and batch is tail.batch:
                 return tails.forward(q, k, v, layer, batch, *args, **kwargs)
             return attend(q, k, v, layer, batch, *args, **kwargs)
 
         whole.init_forward_metadata, whole.forward = prepared, attended
+
+    @property
+    def _tail(self) -> BatchPart | None:
+        """Of the batch that runs, if it is divided."""
+        return None if self._division is None or self._division.parts is None else self._division.parts[1]
 
     def _divided(self, batch: Any) -> Division | None:
         if not _of_prompts(batch):
@@ -84,13 +88,13 @@ class PromptTails:
         if not any(before):
             return None
         if not any(lengths):
-            return Division(BatchPart(None, batch))
-        return Division(part_of(batch, [0] * len(before), before), part_of(batch, before, lengths))
+            return Division()
+        return Division((part_of(batch, [0] * len(before), before), part_of(batch, before, lengths)))
 
     def _division_of(self, batch: Any) -> Division | None:
         if batch is not self._batch and _of_prompts(batch):
             raise RuntimeError("pdtrim: SGLang runs a prompt whose attention it has not prepared")
-        return self._parts if batch is self._batch else None
+        return self._division if batch is self._batch else None
 
 
 def _of_prompts(batch: Any) -> bool:
