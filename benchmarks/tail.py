@@ -41,7 +41,11 @@ _FITTED = {"kv_only_tail": 128, "sequences": 64}
 PREFILLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "the last 8, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 8}),
     "the last 10, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 10}),
-    "the last 10, trained": (SMOLLM2, ("model/smollm2", "calibration/mixed-code-agents", "healing/kv-only-10-tail"), {}),
+    "the last 10, trained": (
+        SMOLLM2,
+        ("model/smollm2", "calibration/mixed-code-agents", "healing/kv-only-10-tail"),
+        {},
+    ),
     "the last 12, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 12}),
     "the last 6, fitted": (CODER, ("model/qwen2.5-coder-0.5b", "calibration/mixed"), _FITTED | {"kv_only_blocks": 6}),
 }
