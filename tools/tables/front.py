@@ -86,8 +86,8 @@ def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, 
         recall = f"{_right(rows)} of {len(rows['needle']['right'])} facts hidden in a prompt were found"
         costs.append(f"after {prompt:,} prompt tokens {loss}, and {recall} (dense {_right(dense)})")
     return (
-        f"KV-only prefill with a tail: the last {_LAST_BLOCKS} of 30 blocks compute only K and V, but the last {_TAIL} tokens of a "
-        "prompt run the unchanged model: `include: [units/healing/kv-only-10-tail.yaml]`",
+        f"KV-only prefill with a tail: the last {_LAST_BLOCKS} of 30 blocks compute only K and V, but the last {_TAIL} "
+        "tokens of a prompt run the unchanged model: `include: [units/healing/kv-only-10-tail.yaml]`",
         f"TTFT over dense's: {', '.join(saved)} prompt tokens (95% interval)",
         "; ".join(costs) + _alone_answers(generated, "tokens") + " (half of its prompts have at most 146 tokens)",
         "[blocks](docs/benchmarks/blocks.md#with-a-tail-that-runs-all-blocks)",
