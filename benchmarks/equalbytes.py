@@ -15,7 +15,7 @@ file keeps the rows of other models, whatever their commit.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.mixture import in_turn, mixed
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.tasks import Setting, needle, perplexity
 from pdtrim_deploy.evaluation.tasks.base import Task
 from pdtrim_deploy.kvchoice import Problem, Sends, offsets
@@ -67,7 +68,7 @@ def main() -> None:
     plans = {name: tuple(map(KVSend.model_validate, sends)) for name, sends in log.value("plans", bench.plans).items()}
     oracles = [bench.oracle.with_kv(sends) for sends in plans.values()]
     measured = {
-        name: log.value(name, lambda task=task: [values.values for values in task.measure(oracles, note)])
+        name: log.value(name, lambda task=task: [_values(result) for result in task.measure(oracles, note)])
         for name, task in bench.tasks()
     }
     about = {"model": options.model, "commit": commit()}
@@ -138,6 +139,11 @@ class _Bench:
     def _setting(self, corpus: str, size: int) -> Setting:
         documents = registry.load(corpus, self._cache, self._note).split("final")
         return Setting(self._tokenizer, self.oracle, documents, self._cache, 0, size, self._note)
+
+
+def _values(result: Measured) -> dict[str, Sequence[float]]:
+    """Each measure's values, and which texts are of one document."""
+    return result.values | ({"documents": result.subjects} if result.subjects else {})
 
 
 def _shared(send: KVSend) -> KVSend:

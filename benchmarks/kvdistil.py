@@ -26,7 +26,7 @@ from __savings import bfloat16_reduction
 
 from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.corpora import registry
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import windows
 from pdtrim_deploy.evaluation.perplexity import BATCH
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
@@ -128,9 +128,9 @@ class _Bench:
         """The loss of each text behind each plan, nats a token, and how the weights came to be."""
         documents = registry.load(corpus, self._cache, self._note).split(split)
         prompt, length = about["prompt"], about["prompt"] + about["continuation"]
-        ids = sequences(documents, self._tokenizer, about[split], length, 0)
+        texts = windows(documents, self._tokenizer, about[split], length, 0)
         losses: dict[str, list[float]] = {kv: [] for kv in plans}
-        for part in ids.split(BATCH):
+        for part in texts.ids.split(BATCH):
             state = self._oracles[plans[0]].prefill(part[:, :prompt])
             for kv in plans:
                 scored = sequence_nll(self._oracles[kv].score(state, part[:, prompt:]))
@@ -139,6 +139,7 @@ class _Bench:
         origin = {"which": self._healing.get("kv_only_blocks", []), "healing": self._healing.get("healing", {})}
         return [
             {"setting": self._setting, "kv": kv, "split": split, "corpus": corpus, "nll": losses[kv]}
+            | {"documents": list(texts.documents)}
             | {"saved": bfloat16_reduction(self._oracles[kv].plan, prompt), "commit": self._commit, **origin}
             for kv in plans
         ]

@@ -40,7 +40,7 @@ def equalbytes(data: dict[str, Any] | None) -> str:
     return table(("model", "plan", f"bytes saved at {lengths}", *heads, "needles"), lines) + where(
         data["environment"],
         "rise of perplexity over dense on texts of 64 tokens of each final split after prompts of the length in the "
-        "head, ± one paired standard error; needles in Brown's after 512 tokens",
+        "head, ± one paired standard error, texts of one document counted as one; needles in Brown's after 512 tokens",
         "higher, lower: than the budget plan's at the same bytes, by more than two paired standard errors; else a tie",
         *sizes,
         model="",
@@ -56,8 +56,9 @@ def _reduction(row: dict[str, Any]) -> str:
 def _cell(values: dict[str, Any], dense: dict[str, Any], budget: dict[str, Any] | None, name: str) -> str:
     if name not in values:
         return "not run"
-    cell = rise(values[name]["nll"], dense[name]["nll"])
+    documents = dense[name]["documents"]
+    cell = rise(values[name]["nll"], dense[name]["nll"], documents)
     if budget is None or budget is values:
         return cell
-    mean, error = paired(values[name]["nll"], budget[name]["nll"])
+    mean, error = paired(values[name]["nll"], budget[name]["nll"], documents)
     return cell + (f" ({'higher' if mean > 0 else 'lower'})" if abs(mean) > 2 * error else "")

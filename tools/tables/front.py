@@ -16,6 +16,7 @@ Data = dict[str, Any]
 
 _LAST_BLOCKS, _LAST, _TAIL = 10, "the last 10, trained", 128  # units/healing/kv-only-10-tail.yaml
 _KINDS = {"prose": "prose", "dialogue": "agents' conversations", "code": "code"}
+_BUDGET_KINDS = ("brown", "code", "agents")
 _UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
 
 
@@ -163,9 +164,10 @@ def _budget(equalbytes: Data) -> tuple[str, str, str, str]:
     for row in (row for row in rows if row["plan"].startswith("budget")):
         values = row["values"]
         (exact,) = (each["exact"] for name, each in values.items() if name.startswith("needle"))
+        kinds = {corpus: (values[f"{corpus} 512"], dense["values"][f"{corpus} 512"]) for corpus in _BUDGET_KINDS}
         rises = ", ".join(
-            f"{rise(values[f'{corpus} 512']['nll'], dense['values'][f'{corpus} 512']['nll'])} on {CORPORA[corpus]}"
-            for corpus in ("brown", "code", "agents")
+            f"{rise(planned['nll'], whole['nll'], whole['documents'])} on {CORPORA[corpus]}"
+            for corpus, (planned, whole) in kinds.items()
         )
         saved = row["plan"].split()[-1]
         parts.append(f"{saved}: {rises}; {sum(exact):.0f} of {len(exact)} facts hidden in a prompt were found")

@@ -10,8 +10,8 @@ from tables.base import commits, paired, rise, table, where
 
 CORPORA = {"brown": "Brown", "austen": "Austen", "code": "code", "agents": "agents"}
 TEXTS = {"brown": "Brown", "mixed": "mixed"}
-Losses = dict[str, list[float]]
-"""By corpus, of each text, nats a token."""
+Losses = dict[str, dict[str, Any]]
+"""By corpus, a row with the losses of each text, nats a token."""
 
 
 def kvdistil(data: dict[str, Any] | None) -> str:
@@ -37,7 +37,7 @@ def pairs(data: dict[str, Any], split: str) -> list[tuple[dict[str, Any], Losses
             grouped.setdefault(repr((row["setting"], row["kv"], row["commit"])), []).append(row)
     whole = [rows for rows in grouped.values() if {row["corpus"] for row in rows} == set(CORPORA)]
     whole.sort(key=lambda rows: (rows[0]["setting"]["blocks"], rows[0]["setting"].get("steps", 0), rows[0]["saved"]))
-    judged = [(rows[0], {row["corpus"]: row["nll"] for row in rows}) for rows in whole]
+    judged = [(rows[0], {row["corpus"]: row for row in rows}) for rows in whole]
     dense = {row["commit"]: losses for row, losses in judged if _dense(row)}
     if lacking := [row["commit"] for row, _ in judged if row["commit"] not in dense]:
         raise SystemExit(
@@ -53,15 +53,20 @@ def _dense(row: dict[str, Any]) -> bool:
 
 def rises(losses: Losses, dense: Losses) -> dict[str, str]:
     """By corpus, and of all texts together."""
-    each = {corpus: rise(losses[corpus], dense[corpus]) for corpus in CORPORA}
+    each = {corpus: rise(*_judged(losses, dense, corpus)) for corpus in CORPORA}
     return each | {"mean": _mean(losses, dense)}
 
 
 def _mean(losses: Losses, dense: Losses) -> str:
     """Geometric mean of the ratios of the corpora, each of the same weight."""
-    means, errors = zip(*(paired(losses[corpus], dense[corpus]) for corpus in CORPORA), strict=True)
+    means, errors = zip(*(paired(*_judged(losses, dense, corpus)) for corpus in CORPORA), strict=True)
     ratio = exp(fmean(means))
     return f"{ratio - 1:.1%} ± {ratio * sqrt(sum(error**2 for error in errors)) / len(errors):.1%}"
+
+
+def _judged(losses: Losses, dense: Losses, corpus: str) -> tuple[list[float], list[float], list[int]]:
+    """Both pairs' losses of each text, and which texts are of one document."""
+    return losses[corpus]["nll"], dense[corpus]["nll"], losses[corpus]["documents"]
 
 
 def _table(data: dict[str, Any] | None, split: str) -> str:
@@ -72,7 +77,8 @@ def _table(data: dict[str, Any] | None, split: str) -> str:
     text = (
         f"judged on {options[split]} x {options['continuation']} tokens of the "
         f"{split} split of each corpus after {options['prompt']} prompt tokens; rise of perplexity over dense, ± one "
-        "paired standard error; all: geometric mean of the four; bytes against a bfloat16 pool"
+        "paired standard error, texts of one document counted as one; all: geometric mean of the four; bytes against a "
+        "bfloat16 pool"
     )
     head = ("K and V alone, of 30", "trained on", "steps x rate", "KV rows", "KV bytes saved", *CORPORA.values(), "all")
     return table(head, lines) + where(data["environment"], text, commits(row["commit"] for row, _, _ in judged))
