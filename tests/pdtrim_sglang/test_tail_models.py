@@ -224,7 +224,7 @@ def loaded(monkeypatch, tmp_path):
         for number, layer in enumerate(body.layers):
             layer.self_attn.attn.layer_id = number  # as in a model of two layers
         (tmp_path / BODY).mkdir()
-        (tmp_path / BODY / "config.json").write_text("{}")
+        (tmp_path / BODY / "config.json").write_text(json.dumps({"num_hidden_layers": len(ALONE)}))
         monkeypatch.setattr(body_module, "_load", lambda _: CausalLM(body))
         return runner_of(whole, tmp_path, plan), whole, body
 
