@@ -11,7 +11,7 @@ from pdtrim_deploy.plan.blocks import BODY
 
 
 def check_body(folder: Path, plan: PDPlan) -> None:
-    """Raise UserError where a plan has a tail and its prefill checkpoint lacks that of the body, or has an older one."""
+    """Raise UserError where a plan has a tail and its prefill checkpoint lacks that of the body, or has an old one."""
     if not plan.kv_only_tail:
         return
     if not (config := folder / BODY / "config.json").is_file():
