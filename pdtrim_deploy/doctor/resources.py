@@ -74,8 +74,8 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU, judged_in
     passing = costs["source"].disk + max(cost.disk for name, cost in costs.items() if name in _WHILE_IT_RUNS)
     judged_in = judged_in or recipe.model.compute_dtype or compute_dtype(recipe.model.dtype)
     worker = worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype)
-    kv_only = recipe.healing.kv_only_blocks if recipe.healing.kv_only_tail else 0
-    bodies = min(1.0, kv_only / sizes.blocks)  # a prefill with a tail has these blocks twice
+    others = max(0, sizes.blocks - recipe.healing.kv_only_blocks) * sizes.block
+    bodies = 1 - others / sizes.total if recipe.healing.kv_only_tail else 0.0  # loaded beside a prefill with a tail
     return Needs(
         build=highest(costs).host,
         judge=PROGRAM + (2 + bodies) * sizes.total * ITEM_BYTES[judged_in],  # both stages, or the dense model

@@ -178,6 +178,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.compensation import FitRules, get_compensation
     from pdtrim_deploy.pruning.healing import StateFile
     from pdtrim_deploy.pruning.healing import heal as train
+    from pdtrim_deploy.pruning.healing.learnt import learns
     from pdtrim_deploy.pruning.kv_only import fit, fit_kv_only, make_kv_only
     from pdtrim_deploy.pruning.pair import StagePair
 
@@ -200,7 +201,9 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
             pair = mend(pair, stage, few, context.note)
             if stage == "prefill" and pair.plan.kv_only_layers:
                 pair = fit(pair, few, context.note)
-        if section.steps_of(stage):
+        if section.steps_of(stage) and not learns(pair, stage):
+            context.note(f"healing {stage}: left out, decode reads K and V of none of the blocks that would be trained")
+        elif section.steps_of(stage):
             file = StateFile(training_file(context, stage), key)
             if stage == "prefill" and file.load() is None:
                 training_file(context, "decode").unlink(missing_ok=True)  # it is about another prefill's KV

@@ -35,12 +35,13 @@ def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
             f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {attentions}, "
             f"the {layers} that decode keeps"
         )
-    whole = attentions - recipe.pruning.prefill_mlps
+    whole, which = attentions - recipe.pruning.prefill_mlps, "the blocks whose KV decode reads"
+    if recipe.healing.kv_only_tail:
+        pruning = recipe.pruning
+        whole = blocks - pruning.prefill_blocks - max(1, pruning.prefill_sublayers)
+        which = "the blocks that prefill runs whole, behind its first"
     if alone > whole:
-        raise UserError(
-            f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {whole}, "
-            f"the blocks whose KV decode reads"
-        )
+        raise UserError(f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {whole}, {which}")
     for option, tokens in _lengths(recipe):
         if tokens > positions:
             raise UserError(

@@ -125,9 +125,10 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
         merged = 3 * _FLOAT * sizes.hidden * max(inner, sizes.hidden)
     # what one token leaves in a block until its gradients come
     values = 5 * sizes.hidden + 3 * query + 2 * sizes.kv_width + 3 * inner
-    held = [n * sizes.hidden + values if recomputes else n * values for n in (blocks, reader)]
-    if stage.tail:
-        held = [0, held[1] // reader * stage.alone]
+    through = stage.alone if stage.tail else reader
+    held = [n * sizes.hidden + values if recomputes else n * values for n in (blocks, through)]
+    if stage.tail:  # of a prompt what the norms before K and V read, which all is one state, and what they give
+        held[0] = 0 if recomputes else 3 * stage.alone * sizes.hidden
     kept = prompts * held[0] + tokens * held[1] if reader else tokens * held[0]
     running = item * (kept + 2 * prompts * sizes.kv_width * stage.blocks)
     # gradients hold the weights of their block, and of decode's that reads it, whether others have come or not

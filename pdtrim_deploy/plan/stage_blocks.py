@@ -175,6 +175,11 @@ class StageBlocks(Frozen):
         """For each KV layer of decode, the KV layer of prefill whose prompt KV it reads."""
         return tuple(source for b in self.decode_kv_blocks if (source := self._kv_source(b)) is not None)
 
+    @property
+    def read_blocks(self) -> frozenset[int]:
+        """Blocks of prefill whose K and V decode reads."""
+        return frozenset(self.prefill_kv_blocks[source] for source in self.layer_map)
+
     @cached_property
     def kv_sources(self) -> tuple[int | None, ...]:
         """For each layer of decode, the layer of prefill whose prompt KV it reads; None for one without attention."""

@@ -94,7 +94,7 @@ def fit_kv_only(
 
 def candidates(plan: PDPlan) -> tuple[int, ...]:
     """Blocks that prefill keeps and whose KV decode reads."""
-    read = {plan.prefill_kv_blocks[source] for source in plan.layer_map}
+    read = plan.read_blocks
     return tuple(block for block in plan.prefill_layers if plan.prefill[block].kind == "keep" and block in read)
 
 

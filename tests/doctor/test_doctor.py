@@ -115,14 +115,15 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_tail_costs_prefill_its_last_blocks_once_more() -> None:
+    """They are loaded as a model, with embeddings, as `serving.memory` counts them."""
     plain = Recipe.load(ROOT / "recipes" / "llama-3.1-8b-balanced.yaml").changed("test", "healing", kv_only_blocks=8)
     needs, tailed = (resources.needs(r) for r in (plain, plain.changed("test", "healing", kv_only_tail=128)))
     assert needs is not None
     assert tailed is not None
-    quarter = 2 * 8.03e9 / 4  # 8 of 32 blocks; embeddings come to the checkpoint
-    assert tailed.serve - needs.serve == pytest.approx(quarter, rel=0.01)
-    assert tailed.judge - needs.judge == pytest.approx((needs.judge - PROGRAM) / 8)
-    assert tailed.disk - needs.disk == pytest.approx(8 * 2 * 218e6 + 2 * 1.05e9, rel=0.01)
+    body = 2 * (8 * 218e6 + 1.05e9)  # 8 of 32 blocks, of 8.03e9 weights
+    assert tailed.serve - needs.serve == pytest.approx(body, rel=0.01)
+    assert tailed.judge - needs.judge == pytest.approx((needs.judge - PROGRAM) / 2 * body / (2 * 8.03e9), rel=0.01)
+    assert tailed.disk - needs.disk == pytest.approx(body, rel=0.01)
 
 
 def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The judge of served logprobs: it passes right programs, whatever the wire dtype, and no wrong one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from stagepairs import pair_of
 from tinypd import BLOCKS, DIM, biased, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.evaluation.fidelity import check, sensitivity
@@ -12,8 +14,8 @@ from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
 from pdtrim_deploy.evaluation.fidelity.controls import WrongScales, controls, wrong_oracles
 from pdtrim_deploy.kvchoice.offsets import measure
-from pdtrim_deploy.models.oracle import PrefillState
-from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
+from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, WithoutAttention
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 GROUP = Group("g", "in turn", ())
@@ -100,6 +102,18 @@ def test_a_server_without_key_offsets_or_with_scales_left_in_is_told_apart():
     for server in (oracle.with_offsets(None), WrongScales(oracle)):
         wrong = judge(oracle, serve(server))
         assert any("prompt is off by" in problem for problem in wrong.problems)
+
+
+@pytest.mark.parametrize(("last", "named"), [(Keep(), {"tail - 1"}), (WithoutAttention(), set()), (Drop(), set())])
+def test_a_tail_of_one_token_has_no_shorter_one_where_it_alone_reads_some_k_and_v(model, last, named):
+    plan = make_plan((), ())
+    kv = plan.kv if last.kind == "keep" else plan.kv[1:]
+    plan = plan.with_parts(
+        prefill=(*plan.prefill[:-1], KVOnly()), decode=(*plan.decode[:-1], last), kv=kv, kv_only_tail=1
+    )
+    pair = replace(pair_of(model, (), ()), plan=plan)
+    oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), plan)
+    assert {name for name in wrong_oracles(oracle, 129) if "tail" in name} == named
 
 
 def test_what_is_allowed_follows_what_rounding_does(model, monkeypatch):

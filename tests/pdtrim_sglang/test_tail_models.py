@@ -224,7 +224,7 @@ def loaded(monkeypatch, tmp_path):
         for number, layer in enumerate(body.layers):
             layer.self_attn.attn.layer_id = number  # as in a model of two layers
         (tmp_path / BODY).mkdir()
-        (tmp_path / BODY / "config.json").write_text("{}")
+        (tmp_path / BODY / "config.json").write_text(json.dumps({"num_hidden_layers": len(ALONE)}))
         monkeypatch.setattr(body_module, "_load", lambda _: CausalLM(body))
         return runner_of(whole, tmp_path, plan), whole, body
 
@@ -288,7 +288,10 @@ def test_a_prefill_worker_keeps_what_makes_k_and_v_of_the_body_s_checkpoint(load
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_body_is_loaded_as_sglang_loads_the_model_beside_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_body_is_loaded_as_sglang_loads_the_model_beside_it(monkeypatch, tmp_path, device):
+    """On a CPU with sizes padded to what ranks divide, as those of the model (ModelRunner.load_model)."""
+    from sglang.srt.configs import update_config
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner_components import load_model_utils
 
@@ -301,13 +304,20 @@ def test_the_body_is_loaded_as_sglang_loads_the_model_beside_it(monkeypatch, tmp
     monkeypatch.setattr(
         ModelConfig, "from_server_args", lambda args, model_path: SimpleNamespace(args=args, path=model_path)
     )
+    monkeypatch.setattr(
+        update_config,
+        "adjust_config_with_unaligned_cpu_tp",
+        lambda config, load_config, ranks: SimpleNamespace(**vars(config), padded=(load_config, ranks)),
+    )
     runner = runner_of(None, tmp_path, plan_of())
+    runner.device = device
     assert body_module._load(runner) == 7
     (arguments,) = calls
     config = arguments.pop("model_config")
-    assert vars(config) == {"args": runner.server_args, "path": str(tmp_path / BODY), "dtype": torch.float32}
+    padded = {"padded": ("as the worker's", 1)} if device == "cpu" else {}
+    assert vars(config) == {"args": runner.server_args, "path": str(tmp_path / BODY), "dtype": torch.float32} | padded
     assert arguments == {
-        "load_config": "as the worker's", "device": "cpu", "gpu_id": 0, "memory_saver_adapter": "saver",
+        "load_config": "as the worker's", "device": device, "gpu_id": 0, "memory_saver_adapter": "saver",
         "is_draft_worker": False,
     }  # fmt: skip
 

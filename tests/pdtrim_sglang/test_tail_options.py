@@ -91,6 +91,7 @@ def test_graphs_of_prefill_are_refused_where_there_is_a_tail(resolved, graphs, w
         (PREFILL, "--enable-streaming-session", ()),
         (PREFILL, "--enable-lmcache", ()),
         (PREFILL, "--enable-flexkv", ()),
+        (PREFILL, "--moe-dense-tp-size", ("1",)),  # a rank's layers have some of the rows, whatever the model
         (PREFILL, "--attn-dp-size", ("2",)),
         (PREFILL, "--enable-dp-attention", ()),
         (PREFILL, "--radix-cache-backend", ("another",)),

@@ -479,6 +479,10 @@ def test_finished_steps_are_not_made_again_after_a_crash(
         ),
         ({"healing": {"kv_only_blocks": 5}}, "healing.kv_only_blocks is 5; allowed: at most 4, the blocks whose KV"),
         (
+            {"healing": {"kv_only_blocks": 6, "kv_only_tail": 8}},
+            "healing.kv_only_blocks is 6; allowed: at most 4, the blocks that prefill runs whole, behind its first",
+        ),
+        (
             {"kv": {"method": "attention-mass", "sparse_layers": 5, "n_last": 4}},
             "kv.sparse_layers is 5; allowed: at most 4, the layers that decode keeps",
         ),

@@ -20,6 +20,7 @@ from pdtrim_deploy.models.footprint import PROGRAM
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal_costs import heal_flops
 from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.pipeline.training_costs import training_costs
 from pdtrim_deploy.recipe import Recipe
 
 BUILD = Path(__file__).with_name("measured_steps.py")
@@ -124,6 +125,17 @@ def test_memory_of_training(
     measured = built(file, tmp_path)["heal"]
     costs = step_costs(Recipe.load(file), read_config(folder / "config.json"), Compute())
     assert costs["heal"].peak.host == pytest.approx(measured, rel=0.2)
+
+
+def test_with_a_tail_a_block_that_is_run_again_is_there_as_a_whole_and_its_prompts_are_not() -> None:
+    config = json.loads((Path(__file__).parents[2] / "recipes" / "facts" / "smollm2-135m.json").read_text())
+    healing = {"kv_only_blocks": 1, "kv_only_tail": 128, "prefill_steps": 1, "sequences": 16, "length": 768, "batch": 2}
+    recipe = Recipe(name="r", model={"source": "pypi:x"}, healing=healing)
+    (kept,), (again,) = (
+        training_costs(r, config) for r in (recipe, recipe.changed("t", "healing", gradient_checkpointing=True))
+    )
+    prompts, others, state = 2 * 512, 2 * 256, 4 * config["hidden_size"]
+    assert kept.memory - again.memory == (3 * prompts - others) * state
 
 
 def test_memory_of_additions_of_low_rank_to_streamed_blocks(

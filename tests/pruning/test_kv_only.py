@@ -12,7 +12,7 @@ from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import WithoutMLP
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
-from pdtrim_deploy.pruning.healing.learnt import learnt, trained_model
+from pdtrim_deploy.pruning.healing.learnt import learns, learnt, trained_model
 from pdtrim_deploy.pruning.healing.losses import LogitLoss
 from pdtrim_deploy.pruning.healing.pair_reader import PairReader
 from pdtrim_deploy.pruning.healing.weights import FullWeights
@@ -186,6 +186,25 @@ def test_with_a_tail_prefill_learns_by_what_is_served_behind_it():
     assert done.test.after == pytest.approx(served_kl(done.pair, ids[-24:], 5, 14), rel=1e-4)
     learnt_by = {block for block, tensors in done.pair.changed["prefill"].items() if set(tensors) - ZEROS}
     assert learnt_by == {2, 3, 4}, "tails run the block before these too, and it is the model's own"
+
+
+def test_with_a_tail_no_step_is_for_hidden_states_which_none_of_what_is_trained_changes():
+    pair = fit_kv_only(pair_of(tiny("Llama"), (), ()), {3, 4}, ids := text(32, 24), tail=5)
+    section = HealingSection(kv_only_blocks=2, kv_only_tail=5, prefill_steps=4, sweep=(1.0,), regression=0.5)
+    (phase,) = heal(pair, "prefill", ids, section).training["phases"]
+    assert (phase["loss"], phase["steps"]) == ("logits", 4)
+
+
+def test_blocks_that_the_tail_alone_reads_are_not_trained():
+    """Training sees what decode reads; where that is none of them, there is nothing to train."""
+    ids = text(32, 24)
+    section = HealingSection(kv_only_blocks=2, kv_only_tail=5, prefill_steps=2, sweep=(1.0,))
+    for alone, some in (({3, 4}, True), ({4}, False)):
+        pair = fit_kv_only(pair_of(tiny("Llama"), (), (4,)), alone, ids, tail=5)
+        names = learnt(pair, "prefill", trained_model(pair, "prefill"))
+        assert [bool(of_layer) for of_layer in names] == [False, False, False, some, False]
+        assert learns(pair, "prefill") is some
+    assert heal(fit_kv_only(pair_of(tiny("Llama"), (), (4,)), {3, 4}, ids, tail=5), "prefill", ids, section).steps == 2
 
 
 @pytest.mark.parametrize(("lost", "shared"), [((), 2), ((1,), 1), ((4,), 2)])

@@ -23,7 +23,7 @@ def tailed(folder: Path, tail: int = 8):
     bundle = make_bundle(folder)
     plan = bundle.plan.with_parts(prefill=(*bundle.plan.prefill[:-1], KVOnly()), kv_only_tail=tail)
     (bundle.prefill_dir / BODY).mkdir()
-    (bundle.prefill_dir / BODY / "config.json").write_text("{}")
+    (bundle.prefill_dir / BODY / "config.json").write_text(json.dumps({"num_hidden_layers": 1}))
     return replace(bundle, plan=plan)
 
 
@@ -48,6 +48,15 @@ def test_no_pair_starts_without_the_weights_before_the_tail(tmp_path):
     bundle = tailed(tmp_path / "b")
     (bundle.prefill_dir / BODY / "config.json").unlink()
     with pytest.raises(UserError, match=f"prefill/{BODY}: missing.*build the bundle again"):
+        commands(bundle, device="cpu")
+
+
+def test_no_pair_starts_on_an_older_bundle_whose_body_is_a_whole_model(tmp_path):
+    bundle = tailed(tmp_path / "b")
+    layers = len(bundle.plan.prefill_layers)
+    (bundle.prefill_dir / BODY / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+    sentence = f"prefill/{BODY}: has {layers} layers, and the plan 1 KV-only blocks.*; build the bundle again"
+    with pytest.raises(UserError, match=sentence):
         commands(bundle, device="cpu")
 
 

@@ -47,7 +47,7 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
     if plan.kv_only_tail:
         native = all(send.wire_dtype == "native" for send in plan.kv)  # else one token may be less than rounding
         name, tail = ("tail - 1", plan.kv_only_tail - 1) if native else ("half the tail", plan.kv_only_tail // 2)
-        if tail or all(plan.decode[block].kind != "drop" for block in plan.prefill_layers):  # else it is no plan
+        if tail or plan.read_blocks.issuperset(plan.kv_only_blocks):  # else it is no plan
             shorter = plan.with_parts(kv_only_tail=tail)
             oracles[name] = PDOracle(oracle.prefill_model, oracle.decode_model, shorter, oracle.offsets)
     if plan.kept_experts("decode"):

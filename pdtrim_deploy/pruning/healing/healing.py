@@ -99,6 +99,8 @@ def heal(
     recomputes = section.gradient_checkpointing or folder is not None
     reader = _reader(pair, stage, ids, section, prompt_kv, model, recomputes)
     learns = [bool(of_layer) and pair.adds(stage, block) for of_layer, block in zip(names, layers, strict=True)]
+    if not any(learns):  # K and V alone, which change no hidden state: all steps are for logits
+        section = section.model_copy(update={"regression": 0.0})
     losses = HiddenLoss(StageReader(pair, stage, model, prompt_kv, recomputes), learns), LogitLoss(reader)
     trainer = Trainer(stage, weights, reader, losses, text, steps, section, file or StateFile(), note, clock)
     training = trainer.train()

@@ -20,20 +20,27 @@ def learnt(pair: StagePair, stage: Stage, model: CausalLM) -> list[tuple[str, ..
 
     In a stage with blocks that run for their K and V alone these learn nothing but that, and the layers up to the first
     that differs from the dense model learn nothing, but for the last of them. With a tail this does not learn either:
-    tails run it too, and other tokens with them.
+    tails run it too, and other tokens with them. Nor does a block whose K and V the tail alone reads: training sees
+    what decode reads.
     """
     blocks, names = pair.plan.layers(stage), list[tuple[str, ...]]()
-    alone = [not pair.adds(stage, block) for block in blocks]
+    alone, read = [not pair.adds(stage, block) for block in blocks], pair.plan.read_blocks
     before = 0 if pair.plan.kv_only_tail else 1  # layers before the first that differs
     first = max(0, _first_changed(pair, stage) - before) if any(alone) else 0
-    for number, (layer, for_kv) in enumerate(zip(model.model.layers, alone, strict=True)):
-        if number < first:
+    for number, (block, layer, for_kv) in enumerate(zip(blocks, model.model.layers, alone, strict=True)):
+        if number < first or (for_kv and block not in read):
             names.append(())
         elif for_kv:
             names.append(tuple(name for name, _ in layer.named_parameters() if name.startswith(FROZEN)))
         else:
             names.append(tuple(trainable(layer)))
     return names
+
+
+def learns(pair: StagePair, stage: Stage) -> bool:
+    """Whether training can change anything in a stage that has lost some of what it does."""
+    plan = pair.plan
+    return stage == "decode" or not plan.kv_only_tail or not plan.read_blocks.isdisjoint(plan.kv_only_blocks)
 
 
 def _first_changed(pair: StagePair, stage: Stage) -> int:

@@ -9,6 +9,7 @@ from pdtrim_deploy.plan import PDPlan
 # Their batches, or ranks, have other rows than the tails are told of, or their caches keep rows of tails.
 NEITHER = (
     "enable_two_batch_overlap", "enable_layernorm_sp", "enable_streaming_session", "enable_lmcache", "enable_flexkv",
+    "moe_dense_tp_size",
 )  # fmt: skip
 REMOTE = ("remote", "remote_instance")  # formats whose weights do not come from the checkpoint's folder
 
