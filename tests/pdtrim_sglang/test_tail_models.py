@@ -291,8 +291,8 @@ def test_a_prefill_worker_keeps_what_makes_k_and_v_of_the_body_s_checkpoint(load
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_body_is_loaded_as_sglang_loads_the_model_beside_it(monkeypatch, tmp_path, device):
     """On a CPU with sizes padded to what ranks divide, as those of the model (ModelRunner.load_model)."""
-    from sglang.srt.configs import update_config
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor import model_runner
     from sglang.srt.model_executor.model_runner_components import load_model_utils
 
     calls = []
@@ -305,7 +305,7 @@ def test_the_body_is_loaded_as_sglang_loads_the_model_beside_it(monkeypatch, tmp
         ModelConfig, "from_server_args", lambda args, model_path: SimpleNamespace(args=args, path=model_path)
     )
     monkeypatch.setattr(
-        update_config,
+        model_runner,
         "adjust_config_with_unaligned_cpu_tp",
         lambda config, load_config, ranks: SimpleNamespace(**vars(config), padded=(load_config, ranks)),
     )

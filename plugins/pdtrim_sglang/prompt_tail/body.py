@@ -30,7 +30,7 @@ def load_bodies(runner: Any, first: int) -> list[Any]:
 
 def _load(runner: Any) -> Any:
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
+    from sglang.srt.model_executor import model_runner
     from sglang.srt.model_executor.model_runner_components.load_model_utils import load_model_with_memory_saver
     from sglang.srt.runtime_context import get_parallel
 
@@ -38,7 +38,8 @@ def _load(runner: Any) -> Any:
     config = ModelConfig.from_server_args(runner.server_args, model_path=folder)
     config.dtype = runner.model_config.dtype  # which SGLang lowers on some GPUs
     if runner.device == "cpu":  # there SGLang pads what ranks cannot divide
-        config = adjust_config_with_unaligned_cpu_tp(config, runner.load_config, get_parallel().tp_size)
+        adjust = model_runner.adjust_config_with_unaligned_cpu_tp
+        config = adjust(config, runner.load_config, get_parallel().tp_size)
     return load_model_with_memory_saver(
         model_config=config,
         load_config=runner.load_config,
