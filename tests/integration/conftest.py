@@ -117,6 +117,13 @@ def untailed_bundle(tiny_bundle, real_cache, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def more_kv_only_bundle(tiny_bundle, real_cache, tmp_path_factory):
+    """`tiny_bundle` with so many KV-only blocks that `fidelity` tells a tail from one that is a token shorter."""
+    more = Recipe.load(tiny_bundle.path / RECIPE).changed("this test", "healing", kv_only_blocks=7)
+    return build(more, tmp_path_factory.mktemp("more") / "bundle", real_cache)
+
+
+@pytest.fixture(scope="session")
 def mixed_bundle(tiny_bundle, tmp_path_factory):
     """`tiny_bundle` with all wire dtypes, and rows that differ from layer to layer."""
     return variant(tiny_bundle, mixed(tiny_bundle), tmp_path_factory.mktemp("mixed") / "bundle")

@@ -31,9 +31,9 @@ def run(capsys, *args):
     return json.loads(out)
 
 
-def test_the_tutorials_servers(tiny_bundle, tmp_path, capsys):
+def test_the_tutorials_servers(more_kv_only_bundle, tmp_path, capsys):
     (port,) = free_ports(1)
-    terminal = Terminal("serve", tiny_bundle.path, "--port", port, "--json", "--log-dir", tmp_path)
+    terminal = Terminal("serve", more_kv_only_bundle.path, "--port", port, "--json", "--log-dir", tmp_path)
     terminal.read_until(r'"workers": .*\n', 600)
     served = json.loads(next(line for line in terminal.text.splitlines() if line.startswith("{")))
     url, pids = served["url"], [worker["pid"] for worker in served["workers"]]
@@ -43,7 +43,7 @@ def test_the_tutorials_servers(tiny_bundle, tmp_path, capsys):
     # Not its text: most tokens of this random model are none of its tokenizer's, and read as nothing.
     assert response["usage"]["completion_tokens"] == 16
     assert response["choices"][0]["finish_reason"] == "length"
-    assert run(capsys, "fidelity", tiny_bundle.path, url, "--json")["passed"]
+    assert run(capsys, "fidelity", more_kv_only_bundle.path, url, "--json")["passed"]
     assert run(capsys, "loadtest", url, "--requests", 4, "--concurrency", 2, "--json")["failed"] == 0
     exported = "".join(
         httpx.get(at, timeout=120).text

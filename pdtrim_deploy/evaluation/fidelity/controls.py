@@ -45,9 +45,8 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
             oracle.prefill_model, oracle.decode_model, plan.with_parts(decode=cut), oracle.offsets
         )
     if plan.kv_only_tail:
-        native = all(send.wire_dtype == "native" for send in plan.kv)  # else some tokens may be less than rounding
-        fewer = max(1, plan.kv_only_tail // (8 if native else 2))  # a token alone may be less than that
-        name, tail = f"tail - {fewer}", plan.kv_only_tail - fewer
+        native = all(send.wire_dtype == "native" for send in plan.kv)  # else one token may be less than rounding
+        name, tail = ("tail - 1", plan.kv_only_tail - 1) if native else ("half the tail", plan.kv_only_tail // 2)
         if tail or plan.read_blocks.issuperset(plan.kv_only_blocks):  # else it is no plan
             shorter = plan.with_parts(kv_only_tail=tail)
             oracles[name] = PDOracle(oracle.prefill_model, oracle.decode_model, shorter, oracle.offsets)
