@@ -102,7 +102,7 @@ demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; resul
 demo-limited:  ## the demo with the instructions of an older CPU: AVX2, no AVX-512, no bfloat16; in out/demolimited
 	$(PYTHON) tools/limited_cpu.py $(MAKE) --no-print-directory demo OUT=out/demolimited
 
-headline: setup  ## the demo with KV-only prefill and k4v3, decode whole: half an hour on 2 cores; results in out/headline
+headline: setup  ## the demo with KV-only prefill and k4v3, decode whole: about an hour on 2 cores; results in out/headline
 	$(BUILD)/pdtrim-deploy demo recipes/smollm2-headline.yaml --out out/headline $(HEADLINE) $(PAGE)
 
 claims: setup  ## the same with both savings that the paper's v1 names, at a large loss; results in out/claims

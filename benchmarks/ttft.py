@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 10, 12], help="that make K and V alone")
     parser.add_argument("--tail", type=int, default=128, help="tokens")
     parser.add_argument("--prompts", type=int, nargs="+", default=[448, 1920], help="tokens")
-    parser.add_argument("--requests", type=int, default=4, help="of a pair in each round")
+    parser.add_argument("--requests", type=int, default=3, help="of a pair in each round")
     parser.add_argument("--rounds", type=int, default=8, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -73,9 +73,9 @@ class DividedLayers:
             self._write_kv(call["positions"][body.rows], self._body, body.batch)
             changed |= self._known(state.rows(tail.rows).arguments(tail.batch))
         assert self._body is not None
-        left = self._body
+        body_state = self._body
         if (capture := call.get(CAPTURE)) is not None:
-            changed[CAPTURE] = lambda read, **_: capture(together((left.added, read), rows), owned=True)
+            changed[CAPTURE] = lambda read, **_: capture(together((body_state.added, read), rows), owned=True)
         others = call.keys() - changed.keys() - {*State.ARGUMENTS}
         changed |= {name: _rows(call[name], tail.rows) for name in others}
         with forward_context(get_forward_context(), forward_batch=tail.batch):
@@ -83,7 +83,7 @@ class DividedLayers:
         if number < self._last:
             return result
         self._body = None
-        return self._result(joined((left, State.of(_arguments(result), tail.batch)), rows), batch)
+        return self._result(joined((body_state, State.of(_arguments(result), tail.batch)), rows), batch)
 
     def _write_kv(self, positions: Tensor, state: State, batch: Any) -> None:
         hidden = state.added
