@@ -37,17 +37,17 @@ PLACE, UNITS = HERE.parent / "out" / "bench-tail", HERE.parent / "recipes" / "un
 CORPORA = ("brown", "austen", "code", "agents")
 SMOLLM2, CODER = "SmolLM2-135M", "Qwen2.5-Coder-0.5B"
 _MIXED = ("model/smollm2", "calibration/mixed-agents")
+_TRAINED = ("model/smollm2", "calibration/mixed-code-agents")
+_CODER = ("model/qwen2.5-coder-0.5b", "calibration/mixed")
 _FITTED = {"kv_only_tail": 128, "sequences": 64}
 PREFILLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "the last 8, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 8}),
     "the last 10, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 10}),
-    "the last 10, trained": (
-        SMOLLM2,
-        ("model/smollm2", "calibration/mixed-code-agents", "healing/kv-only-10-tail"),
-        {},
-    ),
+    "the last 10, trained": (SMOLLM2, (*_TRAINED, "healing/kv-only-10-tail"), {}),
     "the last 12, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 12}),
-    "the last 6, fitted": (CODER, ("model/qwen2.5-coder-0.5b", "calibration/mixed"), _FITTED | {"kv_only_blocks": 6}),
+    "the last 12, trained": (SMOLLM2, (*_TRAINED, "healing/kv-only-12-tail"), {}),
+    "the last 6, fitted": (CODER, _CODER, _FITTED | {"kv_only_blocks": 6}),
+    "the last 8, trained": (CODER, (_CODER[0], _TRAINED[1], "healing/kv-only-8-tail"), {}),
 }
 """By its KV-only blocks: a model, the units of its recipe, and what its healing section has beside them."""
 NEEDLE, DENSE = "needle", "dense"

@@ -34,7 +34,7 @@ HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
 _KV_ONLY_VERSION = 5  # the same where some blocks run for their K and V alone
 _PAIR_VERSION = 6  # the same where they are trained
-_TAIL_VERSION = 2  # the same with a tail
+_TAIL_VERSION = 3  # the same with a tail
 _TRAINING = 1  # version of training by gradients
 _RESCALED = 2  # version of how it is decided whether rescaling helps
 

@@ -73,8 +73,8 @@ class HealingSection(Section):
             predicts behind its KV.
         kv_only_tail: the last tokens of each prompt, which run the unchanged model: all blocks, its own weights. On
             prompts much longer than that prefill saves almost as much, and loses less. Prefill's KV-only blocks are
-            there twice. What is predicted within its tokens does not count in training, whose prompts are `length` less
-            twice the tail, and half of it at least.
+            there twice. What is predicted within its tokens does not count in training, whose prompts are two thirds of
+            `length`, or less if the rest is not twice the tail, and half of it at least.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` (or
@@ -190,8 +190,11 @@ class HealingSection(Section):
         return min(self.kv_only_tail, length // 4)
 
     def trained_prompt(self, length: int) -> int:
-        """Tokens of a sequence that are its prompt where KV-only prefill is trained: with a tail all but twice that."""
-        return length - 2 * self.judged_from(length) if self.kv_only_tail else length // 2
+        """Tokens of a sequence that are its prompt where KV-only prefill is trained.
+
+        With a tail all but twice that, or but a third of the sequence: the less is left, the less is learnt of a step.
+        """
+        return length - max(2 * self.judged_from(length), length // 3) if self.kv_only_tail else length // 2
 
     def decides(self, *, trains: bool) -> dict[str, Any]:
         """What weights depend on, as JSON; where gradients make them, with the values of training, defaults too."""
