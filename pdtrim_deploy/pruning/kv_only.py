@@ -100,11 +100,18 @@ def candidates(plan: PDPlan) -> tuple[int, ...]:
 
 @torch.no_grad()
 def fit(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
-    """Refit K and V of every block that is there for them alone, in order, on prefill's own hidden states."""
+    """Refit K and V of every block that is there for them alone, in order, on prefill's own hidden states.
+
+    What comes before the first layer in which prefill is not the dense model runs once for both.
+    """
     changed, parts = dict[int, dict[str, Tensor]](), ids.split(BATCH if len(ids) > BATCH else 1)
-    alone = len(pair.plan.kv_only_layers)
+    alone, shared = len(pair.plan.kv_only_layers), pair.shared_layers
     stage, dense = (LayerRun(Blockwise(model), parts) for model in (pair.stage("prefill"), pair.model))
-    for block in pair.plan.prefill_layers:
+    while dense.layer < shared:
+        dense.advance()
+        progress(f"text to fit K and V alone on: block {dense.layer}/{pair.plan.model.num_blocks}")
+    stage.states, stage.layer = list(dense.states), shared
+    for block in pair.plan.prefill_layers[shared:]:
         while dense.layer < block:
             dense.advance()
         if pair.adds("prefill", block):

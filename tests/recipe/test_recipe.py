@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import CalibrationSection, PruningSection, Recipe
+from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.targets import TARGETS
@@ -363,6 +364,20 @@ def test_a_tail_is_written_and_in_the_digest_where_there_is_one() -> None:
     none = recipe.changed("t", "healing", kv_only_tail=0)
     assert "kv_only_tail" not in none.to_yaml()
     assert none.digest != recipe.digest
+
+
+@given(tail=st.integers(1, 2048), length=st.integers(16, 4096))
+def test_behind_a_trained_prompt_there_is_the_tail_and_as_much_that_counts(tail: int, length: int) -> None:
+    section = HealingSection(kv_only_blocks=1, kv_only_tail=tail)
+    prompt, judged_from = section.trained_prompt(length), section.judged_from(length)
+    assert judged_from == min(tail, length // 4)
+    assert length - prompt >= 2 * judged_from
+    assert length // 2 <= prompt <= length - length // 3
+
+
+@pytest.mark.parametrize(("tail", "prompt"), [(1, 512), (64, 512), (128, 512), (160, 448), (192, 384), (600, 384)])
+def test_a_short_tail_trains_on_a_third_of_each_sequence(tail: int, prompt: int) -> None:
+    assert HealingSection(kv_only_blocks=1, kv_only_tail=tail).trained_prompt(768) == prompt
 
 
 def test_a_written_recipe_holds_only_what_its_method_takes() -> None:
