@@ -52,9 +52,9 @@ def ttft(data: dict[str, Any] | None) -> str:
     head = ("prompt tokens", "prefill", "prefill's work", "TTFT over dense (95% interval)", "dense, ms", "load average")
     text = (
         f"float32, one request at a time, {options['rounds']} interleaved rounds of {options['requests']} requests a "
-        "pair, all pairs up at once; prefill's work: of the blocks' of the unpruned model, by arithmetic"
+        "pair, the pairs of a commit up at once; prefill's work: of the blocks' of the unpruned model, by arithmetic"
     )
-    return table(head, rows) + where(data["environment"], text)
+    return table(head, rows) + where(data["environment"], text, commits(row["commit"] for row in data["rows"]))
 
 
 def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, str, int, Rows, Rows]]:
