@@ -1,5 +1,7 @@
 """Blocks that prefill runs for their K and V alone: exact where the state before is, fitted where it is not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stagepairs import kl, pair_of
@@ -15,6 +17,7 @@ from pdtrim_deploy.pruning.healing import heal
 from pdtrim_deploy.pruning.healing.learnt import learns, learnt, trained_model
 from pdtrim_deploy.pruning.healing.losses import LogitLoss
 from pdtrim_deploy.pruning.healing.pair_reader import PairReader
+from pdtrim_deploy.pruning.healing.stage_reader import PrefillKV
 from pdtrim_deploy.pruning.healing.weights import FullWeights
 from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, fit_kv_only, make_kv_only, rank
 from pdtrim_deploy.pruning.pair import StagePair
@@ -149,6 +152,21 @@ def served_kl(pair, ids, judged_from=0, prompt=None):
     served = torch.cat((state.logits[:, None], decode), 1).log_softmax(-1)
     meant = pair.model(ids[:, :-1]).logits[:, half - 1 :].log_softmax(-1)
     return float((meant.exp() * (meant - served)).sum(-1)[:, judged_from:].mean())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_decode_is_trained_on_the_kv_that_the_tail_makes(family):
+    pair, prompts = fit_kv_only(pair_of(tiny(family), (), (1,)), {2, 3, 4}, text(32, 24), tail=5), text(2, 12)
+    served = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
+    held, bodies = (
+        PrefillKV(pair)(prompts),
+        PrefillKV(replace(pair, plan=pair.plan.with_parts(kv_only_tail=0)))(prompts),
+    )
+    for kv, expected in zip(held, served.hand_over(served.prefill(prompts)), strict=True):
+        torch.testing.assert_close((kv.keys, kv.values), (expected.keys, expected.values))
+    assert torch.equal(held[-1].keys[:, :, :-5], bodies[-1].keys[:, :, :-5])
+    assert not torch.allclose(held[-1].keys[:, :, -5:], bodies[-1].keys[:, :, -5:])
 
 
 @pytest.mark.parametrize(("family", "method"), [*((family, "full") for family in FAMILIES), ("Llama", "lora")])

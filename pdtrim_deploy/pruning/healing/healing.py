@@ -85,7 +85,7 @@ def heal(
     """
     steps = section.steps_of(stage, behind_kv=prompt_kv is not None)
     if stage == "decode" and prompt_kv is None:
-        prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
+        prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair))
     text = Split.of(ids, chooses=section.tries(steps) or section.regression > 0)
     note(f"healing {stage}: KL from the dense model on {len(text.judged)} held-out sequences")
     before = _reader(pair, stage, ids, section, prompt_kv).divergences(text.judged, section.batch)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_kv import LayerKV, Span
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.healing.reader import Reader
 from pdtrim_deploy.pruning.pair import StagePair
@@ -30,18 +31,21 @@ class PromptKV:
 
 
 class PrefillKV:
-    """The prefill stage: what it makes of a prompt, by KV layer of decode."""
+    """What a pair's prefill makes of a prompt, its tail's KV too, by KV layer of decode."""
 
-    def __init__(self, model: CausalLM, layer_map: tuple[int, ...]) -> None:
-        self._runner = Blockwise(model)
-        self._sources = [self._runner.kv_layers[source] for source in layer_map]
+    def __init__(self, pair: StagePair) -> None:
+        self._oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
+        kv_layers = Blockwise(self._oracle.prefill_model).kv_layers
+        self._sources = [kv_layers[source] for source in pair.plan.layer_map]
 
     @torch.no_grad()
     def __call__(self, prompts: Tensor) -> list[LayerKV]:
         """KV of `prompts`, int64 `[batch, tokens]`."""
-        run, kvs = LayerRun(self._runner, [prompts]), [LayerKV() for _ in self._runner.layers]
-        while run.layer <= self._sources[-1]:
-            run.advance([kvs[run.layer]])
+        runs, kvs = self._oracle.prompt_runs([prompts]), dict[int, LayerKV]()
+        while (layer := runs[-1].layer) <= self._sources[-1]:
+            kvs[layer] = LayerKV()
+            for run in runs:
+                run.advance([kvs[layer]])
         return [kvs[source] for source in self._sources]
 
 
