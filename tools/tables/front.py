@@ -14,6 +14,7 @@ HELD_OUT = 64  # tokens of each continuation of bench-equalbytes
 Data = dict[str, Any]
 
 
+_TIMED, _SMOLLM2 = ("model", "blocks", "tail"), "SmolLM2-135M"
 _LAST_BLOCKS, _LAST, _TAIL = 10, "the last 10, trained", 128  # units/healing/kv-only-10-tail.yaml
 _KINDS = {"prose": "prose", "dialogue": "agents' conversations", "code": "code"}
 _BUDGET_KINDS = ("brown", "code", "agents")
@@ -77,7 +78,7 @@ def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, 
     """The row of units/healing/kv-only-10-tail.yaml, at every prompt length whose TTFT was measured."""
     ours = {prompt: pair for _, prompt, prefill, tokens, *pair in judged(tail) if (prefill, tokens) == (_LAST, _TAIL)}
     saved, costs = [], []
-    for row in (row for row in ttft["rows"] if (row["blocks"], row["tail"]) == (_LAST_BLOCKS, _TAIL)):
+    for row in (row for row in ttft["rows"] if tuple(row[name] for name in _TIMED) == (_SMOLLM2, _LAST_BLOCKS, _TAIL)):
         prompt = row["prompt"]
         saved.append(f"{ratio(row, 'ratio', 'low', 'high')} after {prompt:,}")
         rows, dense = ours[prompt]
@@ -97,7 +98,7 @@ def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, 
 
 def _by_kind(quality: Data, plan: str) -> str:
     """Losses of SmolLM2 behind a plan, by kind of text."""
-    judged_on = {row["part"]: row for row in quality["rows"] if row["plan"] == plan and row["model"] == "SmolLM2-135M"}
+    judged_on = {row["part"]: row for row in quality["rows"] if row["plan"] == plan and row["model"] == _SMOLLM2}
     losses = [(name, judged_on[part]["recovery"] - 1, judged_on[part]["se"]) for part, name in _KINDS.items()]
     return ", ".join(f"{loss:.2%} ± {error:.2%} on {name}" for name, loss, error in losses)
 

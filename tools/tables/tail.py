@@ -40,6 +40,7 @@ def ttft(data: dict[str, Any] | None) -> str:
     options = data["options"]
     rows = [
         (
+            f"{row['model']} ({precision(row['model'])})",
             f"{row['prompt']:,}",
             f"the last {row['blocks']} blocks KV-only, tail of {row['tail']}",
             f"{row['predicted']:.2f}",
@@ -49,12 +50,21 @@ def ttft(data: dict[str, Any] | None) -> str:
         )
         for row in data["rows"]
     ]
-    head = ("prompt tokens", "prefill", "prefill's work", "TTFT over dense (95% interval)", "dense, ms", "load average")
+    head = (
+        "model",
+        "prompt tokens",
+        "prefill",
+        "prefill's work",
+        "TTFT over dense (95% interval)",
+        "dense, ms",
+        "load average",
+    )
     text = (
         f"float32, one request at a time, {options['rounds']} interleaved rounds of {options['requests']} requests a "
         "pair, the pairs of a commit up at once; prefill's work: of the blocks' of the unpruned model, by arithmetic"
     )
-    return table(head, rows) + where(data["environment"], text, commits(row["commit"] for row in data["rows"]))
+    used = commits(row["commit"] for row in data["rows"])
+    return table(head, rows) + where(data["environment"], text, used, model="")
 
 
 def judged(data: dict[str, Any]) -> Iterator[tuple[str, int, str, int, Rows, Rows]]:
