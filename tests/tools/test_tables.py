@@ -143,7 +143,7 @@ def test_the_error_of_a_ratio_is_of_the_ratio(tool):
 
 
 OF_A_MODEL = (
-    "switches", "demo", "claims", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost", "ttft",
+    "switches", "demo", "claims", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
     "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",
 )  # fmt: skip
 
