@@ -1,13 +1,43 @@
-"""The checkpoint within a prefill checkpoint that prompts run through before their tails. No torch."""
+"""The checkpoint within a prefill checkpoint that prompts run through before their tails. No torch.
+
+Its blocks make K and V alone. Their MLPs never run, so the checkpoint has narrow ones, which take little disk, and
+little memory while a worker loads them.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families.base import Family
+from pdtrim_deploy.models.families.sizes import attention_sizes, mlp_width
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.blocks import BODY
+
+_WIDTH_A_HEAD = 16  # whatever number of ranks divides the heads divides the width, and each has a multiple of 16
+
+
+def body_width(config: Mapping[str, Any], *, quantized: bool) -> int | None:
+    """Width of the MLPs in a body's checkpoint; None: the model's own, where that is narrower, or quantised."""
+    width = _WIDTH_A_HEAD * attention_sizes(config)[0]
+    return None if quantized or width >= mlp_width(config) else width
+
+
+def narrowed(
+    family: Family, config: Mapping[str, Any], blocks: Sequence[int], width: int | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the blocks' tensors, by name on disk, with MLPs of this width; none without one."""
+    if width is None:
+        return {}
+    narrow = {**config, "intermediate_size": width}
+    return {
+        f"model.layers.{block}.{name}": shape
+        for block in blocks
+        for name, shape in family.block_tensors(narrow, block).items()
+    }
 
 
 def check_body(folder: Path, plan: PDPlan) -> None:

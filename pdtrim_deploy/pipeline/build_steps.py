@@ -20,6 +20,8 @@ from pdtrim_deploy.recipe.pruning_methods import EVALUATED, SEARCH_VERSION
 from pdtrim_deploy.recipe.recall_bounds import MIXED_VERSION
 from pdtrim_deploy.recipe.targets import Target
 
+_BODY = f"{BODY} 2"  # whose MLPs are narrow
+
 
 @dataclass(frozen=True)
 class BuildStep:
@@ -80,7 +82,7 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
             [_stage_step("prefill", kv, "select-kv", UNIFIED)]
             if recipe.stages == "unified"
             else [
-                _stage_step("prefill", chained_key(kv, BODY) if recipe.healing.kv_only_tail else kv, "select-kv"),
+                _stage_step("prefill", chained_key(kv, _BODY) if recipe.healing.kv_only_tail else kv, "select-kv"),
                 _stage_step("decode", decode, before_decode),
             ]
         ),

@@ -14,6 +14,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models import Family, resolve
+from pdtrim_deploy.models.body import body_width, narrowed
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.quantized import read_quantized
@@ -131,6 +132,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
         for name, stage in plan.checkpoints.items()
     }
     if plan.kv_only_tail:
+        tensors |= _narrowed(checkpoint.family, checkpoint.config, plan, item, checkpoint.quantized is not None)
         sizes["prefill"] += _bytes_of(tensors, checkpoint.family, plan, "prefill", plan.kv_only_blocks)
     done = {step for step, is_done in steps.items() if is_done}
     costs = _costs(recipe, checkpoint.config, compute, done)
@@ -199,6 +201,7 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
         name: _bytes_of(tensors, family, plan, stage, plan.layers(stage)) for name, stage in stages.items()
     } or None
     if sizes and plan.kv_only_tail:
+        tensors |= _narrowed(family, config, plan, item, quantized is not None)
         sizes["prefill"] += _bytes_of(tensors, family, plan, "prefill", plan.kv_only_blocks)
     costs = _costs(recipe, config, compute, ())
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
@@ -231,6 +234,14 @@ class _Peek(Cache):
             raise _NotCached
 
         return super().entry(kind, key, make if kind == "fingerprints" else refuse)
+
+
+def _narrowed(
+    family: Family, config: Mapping[str, Any], plan: PDPlan, item: int, quantized: bool
+) -> dict[str, tuple[int, int]]:
+    """Bytes and rows of tensors of the body's blocks that may have another size there than in the model."""
+    shapes = narrowed(family, config, plan.kv_only_blocks, body_width(config, quantized=quantized))
+    return {name: (prod(shape) * item, shape[0]) for name, shape in shapes.items()}
 
 
 def _bytes_of(

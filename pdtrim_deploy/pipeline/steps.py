@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.pruning.search_logs import DECODE_AGAIN, LOGS, finalists_log, search_log
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.models.surgery import Replacements
     from pdtrim_deploy.pruning.finalists import Finalist, Judge
     from pdtrim_deploy.pruning.solution import Solution
     from pdtrim_deploy.pruning.stage_search import EvaluatorFactory, StageChoice
@@ -172,16 +173,18 @@ def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
 
 def write_stage(context: Context, stage: Stage) -> set[str]:
     """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
+    from pdtrim_deploy.models.body import body_width
     from pdtrim_deploy.models.surgery import write_stage as write
 
     plan, changed = context.plan, heal_kv.changed(context).get(stage, {})
     files = [context.out / KEY_OFFSETS] if plan.key_offsets else []
     context.forget_model()
     quantized, folder = context.checkpoint.quantized, plan.folder(stage)
-    parts = [(folder, plan.layers(stage), changed)]
+    parts: list[tuple[str, Sequence[int], Replacements, int | None]] = [(folder, plan.layers(stage), changed, None)]
     if stage == "prefill" and plan.kv_only_tail:
-        parts = [(folder, plan.layers(stage), {}), (f"{folder}/{BODY}", plan.kv_only_blocks, changed)]
-    for place, blocks, replacements in parts:
+        width = body_width(context.checkpoint.config, quantized=quantized is not None)
+        parts = [(folder, plan.layers(stage), {}, None), (f"{folder}/{BODY}", plan.kv_only_blocks, changed, width)]
+    for place, blocks, replacements, mlp_width in parts:
         context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
         write(
             context.checkpoint,
@@ -192,6 +195,7 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
             replacements=replacements,
             experts={block: kept for block, kept in plan.kept_experts(stage).items() if block in blocks},
             missing={block: lost for block, lost in plan.missing(stage).items() if block in blocks},
+            mlp_width=mlp_width,
             files=files,
             note=context.note,
         )

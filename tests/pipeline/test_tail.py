@@ -91,7 +91,8 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 def test_the_body_has_the_last_blocks_alone_which_make_kv_alone(bundle: Bundle) -> None:
     model, body, blocks = weights(bundle.prefill_dir), weights(body_of(bundle)), bundle.plan.kv_only_blocks
     assert blocks == bundle.plan.prefill_layers[-2:]
-    assert json.loads((body_of(bundle) / "config.json").read_text())["num_hidden_layers"] == 2
+    config = json.loads((body_of(bundle) / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 64)  # of 128: its MLPs never run
     assert {name.split(".")[2] for name in body if ".layers." in name} == {"0", "1"}
     for at, block in enumerate(blocks):
         of_block = {name for name in body if f".layers.{at}." in name}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import atomic_directory
+from pdtrim_deploy.models.body import narrowed
 from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.experts import ExpertsByBlock, check_experts, check_formats, kept_count, stage_rows
 from pdtrim_deploy.models.loading import TORCH_DTYPES
@@ -46,6 +48,7 @@ def write_stage(
     replacements: Replacements | None = None,
     experts: ExpertsByBlock | None = None,
     missing: Mapping[int, Sublayer] | None = None,
+    mlp_width: int | None = None,
     files: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     note: Callable[[str], None] = lambda _: None,
@@ -57,7 +60,8 @@ def write_stage(
     `replacements` gives, for blocks in `blocks`, tensors by their name within the block ("self_attn.q_proj.weight") in
     transformers' module, of the shapes they have: students of distilled pairs, healed weights. `experts` gives the
     experts that the stage keeps, for each of `blocks` that has experts; they are numbered from 0 there. `missing` gives
-    the sublayer that a block runs without: its last projection is zero. `files` are copied into the folder.
+    the sublayer that a block runs without: its last projection is zero. Of an MLP that never runs the stage has the
+    first `mlp_width` channels; None: all. `files` are copied into the folder.
 
     The folder appears whole or not at all; `note` hears how far it is. An earlier stage in its place is replaced;
     anything else there is refused (UserError).
@@ -75,15 +79,22 @@ def write_stage(
         check_formats(checkpoint)
     changed = quantize_like(checkpoint, replaced_tensors(checkpoint, blocks, replacements, experts))
     sources = stage_names(checkpoint, blocks, experts)
+    shapes = narrowed(checkpoint.family, checkpoint.config, blocks, mlp_width)
 
     def get(name: str) -> torch.Tensor:
         source = sources[name]
         if source.name in changed:
-            return changed[source.name]
+            return first_of(changed[source.name], source.name)
         with safe_open(checkpoint.tensors[source.name].file, framework="pt") as shard:
-            return stage_rows(shard.get_tensor(source.name), source.rows)
+            return first_of(stage_rows(shard.get_tensor(source.name), source.rows), source.name)
 
-    elements = {name: source.elements(checkpoint) for name, source in sources.items()}
+    def first_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        return tensor[tuple(slice(size) for size in shapes[name])].contiguous() if name in shapes else tensor
+
+    elements = {
+        name: prod(shapes[source.name]) if source.name in shapes else source.elements(checkpoint)
+        for name, source in sources.items()
+    }
 
     def keeps_dtype(name: str) -> bool:
         return checkpoint.keeps_dtype(sources[name].name)
@@ -94,6 +105,7 @@ def write_stage(
         for path in (*sorted(copied), *files):
             shutil.copyfile(path, folder / path.name)
         config = _stage_config(checkpoint, blocks, dtype, kept_count(experts)) | {"pdtrim": dict(pdtrim)}
+        config |= {} if mlp_width is None else {"intermediate_size": mlp_width}
         for file, settings in stage_settings(checkpoint, blocks).items():
             (folder / file).write_text(json.dumps(settings, indent=2))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
