@@ -1,7 +1,7 @@
 """Configs of tiny models by architecture: what differs from a Llama of 6 blocks."""
 
 from pdtrim_deploy.models.families import FAMILIES
-from pdtrim_deploy.models.families.base import Feature
+from pdtrim_deploy.models.families.blocks import Feature
 
 SHARED = {
     "vocab_size": 512,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.families import Family, known_family
-from pdtrim_deploy.models.families.base import EXPERT
+from pdtrim_deploy.models.families.blocks import EXPERT
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.quantized.module_lists import tells_experts_apart
 from pdtrim_deploy.models.streaming import keep_rows

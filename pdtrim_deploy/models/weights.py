@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from pdtrim_deploy.models.families import attention_sizes, known_family
-from pdtrim_deploy.models.families.base import EXPERT
+from pdtrim_deploy.models.families.blocks import EXPERT
 from pdtrim_deploy.models.families.latents import attention_tensors, latent_sizes
 from pdtrim_deploy.models.families.sizes import mlp_width
 from pdtrim_deploy.plan.wire import ITEM_BYTES

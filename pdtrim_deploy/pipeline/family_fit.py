@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families import FAMILIES, Family
-from pdtrim_deploy.models.families.base import Feature
+from pdtrim_deploy.models.families.blocks import Feature
 from pdtrim_deploy.models.quantized import Quantized
 from pdtrim_deploy.plan import STAGES, ExpertShape
 from pdtrim_deploy.recipe import Recipe

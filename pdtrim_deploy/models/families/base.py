@@ -3,122 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families.blocks import EXPERT, EXPERTS, Blocks, FamilyData, Feature, joined
 from pdtrim_deploy.models.families.latents import attention_tensors
 from pdtrim_deploy.models.families.linear_attention import LinearAttention
-from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
+from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, count_of
 from pdtrim_deploy.models.families.windows import Windows
 from pdtrim_deploy.plan import ExpertShape, LinearStates
 from pdtrim_deploy.plan.linear_states import StateDtype
 
-EXPERT = "{expert}"
-EXPERTS = "experts"  # the size that is the number of experts
-Axes = tuple[str, ...]
-Tensors = dict[str, Axes]
-"""Tensors by their name within a block (`{expert}` stands for an expert's number), with the sizes of their axes."""
-
-Feature = Literal[
-    "norm",
-    "least-squares",
-    "distil",
-    "training",
-    "kv_only_blocks",
-    "sublayers",
-    "blocks_in_memory",
-    "engines",
-]
 _MTP = "num_nextn_predict_layers"
 _EXACT = ("e_score_correction_bias",)
-_SIZES = ("q", "kv", "head", "hidden", "intermediate", "vocab")
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-class Experts(_Data):
-    """The MLPs of blocks that have several.
-
-    Attributes:
-        count: key of config.json, or several (`a|b`): experts of a block.
-        tensors: on disk, in the place of the block's `mlp`.
-        stacked: by transformers' name of a parameter: what it stacks on disk, along a new first axis by expert; where
-            two are given, an expert's are put one behind the other. A tensor of all experts is its own.
-        dense_blocks: key of config.json: so many first blocks have the `mlp` instead. None: no block has.
-        top_k: key of config.json: experts that a token is sent to.
-        groups, top_groups: keys of config.json: equal parts that the router first chooses among, and how many of these
-            a token may reach. None: it has no groups.
-        needs: keys of config.json and the one value that they may have; others give blocks that SGLang reads otherwise.
-
-    """
-
-    count: str
-    tensors: Tensors
-    stacked: dict[str, tuple[str, ...]]
-    dense_blocks: str | None = None
-    top_k: str = "num_experts_per_tok"
-    groups: str | None = None
-    top_groups: str | None = None
-    needs: dict[str, Any] = Field(default_factory=dict)
-
-
-class Blocks(_Data):
-    """Tensor names on disk and their roles: what opens pruning and healing.
-
-    Attributes:
-        common: tensors of every block.
-        mlp: of blocks with one MLP.
-        experts: of blocks with several; None: the family has none.
-        where: tensors that are there where a key of config.json is true.
-        sizes: further names for sizes, each of a key of config.json.
-        renamed: parts of names on disk and what transformers has in their place.
-        cut_lists: keys of config.json that hold one value a block, beside `layer_types`.
-        stage_config: keys that a stage's config.json has another value of.
-        exact: ends of names of tensors that keep the dtype they have, whatever the stage's.
-        computes: keys of config.json that change what the weights compute, beside those that all families share.
-        needs: keys of config.json and the one value that they may have: with others there is more between or behind the
-            blocks than we run.
-        served_windows: SGLang lets windowed layers attend to all tokens, so that a worker serves no longer texts.
-        refused: what recipes may ask of other families, and why it would be wrong here.
-
-    """
-
-    common: Tensors
-    mlp: Tensors = Field(default_factory=dict)
-    experts: Experts | None = None
-    where: dict[str, Tensors] = Field(default_factory=dict)
-    sizes: dict[str, str] = Field(default_factory=dict)
-    renamed: dict[str, str] = Field(default_factory=dict)
-    cut_lists: tuple[str, ...] = ()
-    stage_config: dict[str, Any] = Field(default_factory=dict)
-    exact: tuple[str, ...] = ()
-    computes: tuple[str, ...] = ()
-    needs: dict[str, Any] = Field(default_factory=dict)
-    served_windows: bool = False
-    refused: dict[Feature, str] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _sizes_are_known(self) -> Blocks:
-        expert = self.experts.tensors if self.experts else {}
-        for name, axes in (self.common | self.mlp | expert | _joined(self.where.values())).items():
-            for factor in (factor for axis in axes for term in axis_terms(axis) for factor in term):
-                if not factor.isdecimal() and factor not in (*_SIZES, *self.sizes):
-                    raise ValueError(f"{name}: size {factor} is unknown; use {', '.join((*_SIZES, *self.sizes))}")
-        for name, axes in expert.items():
-            if EXPERTS in axes[1:]:
-                raise ValueError(f"{name}: its axis by expert must be the first")
-        parts = {part for names in (self.experts.stacked.values() if self.experts else ()) for part in names}
-        if missing := parts - expert.keys():
-            raise ValueError(f"stacked: {min(missing)} is no tensor of an expert")
-        return self
-
-
-class Latents(_Data):
+class Latents(FamilyData):
     """What is known of latent attention and the blocks it stands in, beside the sizes in config.json.
 
     Attributes:
@@ -130,7 +33,7 @@ class Latents(_Data):
     implied: dict[str, Any] = Field(default_factory=dict)
 
 
-class Family(_Data):
+class Family(FamilyData):
     """A decoder-only architecture. Its modules are `model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`.
 
     Attributes:
@@ -217,7 +120,7 @@ class Family(_Data):
                 return self.linear_attention.tensors(config, block)
             return attention_tensors(config) if self.latents else {}
         sizes = axis_sizes(config, known.sizes)
-        named = known.common | _joined(tensors for key, tensors in known.where.items() if config.get(key))
+        named = known.common | joined(tensors for key, tensors in known.where.items() if config.get(key))
         if self.is_dense(config, block):
             named = named | known.mlp
         elif known.experts:
@@ -295,10 +198,6 @@ class Family(_Data):
                 "class of that name, and a model's own code is never run"
             )
         return model_class
-
-
-def _joined(several: Iterable[Tensors]) -> Tensors:
-    return {name: axes for tensors in several for name, axes in tensors.items()}
 
 
 CAUSAL_LM = re.compile(r"\w+ForCausalLM")

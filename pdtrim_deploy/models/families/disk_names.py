@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.families.base import EXPERT, Family
+from pdtrim_deploy.models.families.base import Family
+from pdtrim_deploy.models.families.blocks import EXPERT
 from pdtrim_deploy.models.families.sizes import count_of
 
 

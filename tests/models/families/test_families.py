@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import FAMILIES, resolve
 from pdtrim_deploy.models.families import known_family
-from pdtrim_deploy.models.families.base import EXPERT
+from pdtrim_deploy.models.families.blocks import EXPERT
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.families.registry import read_family
 from pdtrim_deploy.models.loading import load_model
