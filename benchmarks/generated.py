@@ -47,12 +47,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "6 of 24 blocks K and V alone in prefill, tail of 64 tokens": {
         "healing": {**REFIT, "kv_only_blocks": 6, "kv_only_tail": 64}
     },
-    "8 of 24 blocks K and V alone in prefill, trained, tail of 64 tokens": {
-        "units": ("calibration/mixed-code-agents", "healing/kv-only-8-tail")
+    "8 of 24 blocks K and V alone in prefill, tail of 64 tokens": {
+        "healing": {**REFIT, "kv_only_blocks": 8, "kv_only_tail": 64}
     },
     "2 of 24 blocks fewer in decode": {"pruning": {"method": "greedy", "decode_blocks": 2}, "healing": REFIT},
 }
-"""Sections of the recipes of plans that cut blocks, or `units` that have them; all prompt KV travels native."""
+"""Sections of the recipes of plans that cut blocks; all prompt KV travels native."""
 QUESTIONS = ("humaneval", "gsm8k", "instructions")
 PLACE, ROOT = HERE.parent / "out" / "bench-generated", HERE.parent
 REQUESTS, POOL_TOKENS = 16, 24_576
@@ -112,9 +112,8 @@ def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: A
 
 def _built(plan: str) -> Bundle:
     file, units = PLACE / "recipe.yaml", ROOT / "recipes" / "units"
-    sections = dict(BLOCKS.get(plan) or {"kv": PLANS[plan]})
-    names = ("model/qwen2.5-coder-0.5b", *sections.pop("units", ("calibration/mixed",)))
-    parts = [str(units / f"{name}.yaml") for name in names]
+    parts = [str(units / "model" / "qwen2.5-coder-0.5b.yaml"), str(units / "calibration" / "mixed.yaml")]
+    sections = BLOCKS.get(plan) or {"kv": PLANS[plan]}
     file.write_text(json.dumps({"include": parts, "name": "generated"} | sections))
     recipe = Recipe.load(file)
     folder: Path = PLACE / plan.replace(",", "").replace(" ", "-")

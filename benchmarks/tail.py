@@ -47,7 +47,7 @@ PREFILLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "the last 12, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 12}),
     "the last 12, trained": (SMOLLM2, (*_TRAINED, "healing/kv-only-12-tail"), {}),
     "the last 6, fitted": (CODER, _CODER, _FITTED | {"kv_only_blocks": 6}),
-    "the last 8, trained": (CODER, (_CODER[0], _TRAINED[1], "healing/kv-only-8-tail"), {}),
+    "the last 8 of 24, fitted": (CODER, _CODER, _FITTED | {"kv_only_blocks": 8}),
 }
 """By its KV-only blocks: a model, the units of its recipe, and what its healing section has beside them."""
 NEEDLE, DENSE = "needle", "dense"
