@@ -12,6 +12,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.local.machine import memory
 from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.body import body_config
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM, gb
 from pdtrim_deploy.models.quantized import with_quantization
@@ -74,8 +75,9 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU, judged_in
     passing = costs["source"].disk + max(cost.disk for name, cost in costs.items() if name in _WHILE_IT_RUNS)
     judged_in = judged_in or recipe.model.compute_dtype or compute_dtype(recipe.model.dtype)
     worker = worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype)
-    others = max(0, sizes.blocks - recipe.healing.kv_only_blocks) * sizes.block
-    bodies = 1 - others / sizes.total if recipe.healing.kv_only_tail else 0.0  # loaded beside a prefill with a tail
+    bodies = 0.0  # loaded beside a prefill with a tail: a share of the model
+    if recipe.healing.kv_only_tail:
+        bodies = ModelSizes.of(body_config(config, recipe.healing.kv_only_blocks)).total / sizes.total
     return Needs(
         build=highest(costs).host,
         judge=PROGRAM + (2 + bodies) * sizes.total * ITEM_BYTES[judged_in],  # both stages, or the dense model

@@ -26,6 +26,12 @@ def body_width(config: Mapping[str, Any], *, quantized: bool) -> int | None:
     return None if quantized or width >= mlp_width(config) else width
 
 
+def body_config(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """That of a body's checkpoint of so many blocks, as far as sizes need it; `config` is the model's."""
+    width = body_width(config, quantized="quantization_config" in config)
+    return {**config, "num_hidden_layers": blocks} | ({} if width is None else {"intermediate_size": width})
+
+
 def narrowed(
     family: Family, config: Mapping[str, Any], blocks: Sequence[int], width: int | None
 ) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pdtrim_deploy.bundle import ENGINES, engine_folder
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models.body import body_width
+from pdtrim_deploy.models.body import body_config
 from pdtrim_deploy.models.families import family_of, known_family
 from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
@@ -86,7 +86,7 @@ class _Costs:
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
             if stage == "prefill" and recipe.healing.kv_only_tail:  # and the blocks that others run for K and V alone
-                size += self._body_bytes()
+                size += stored_bytes(body_config(self.config, recipe.healing.kv_only_blocks), recipe.model.dtype)
             costs[stage] = StepCost(peak, size, written=size)
         for target, section in recipe.targets.requested.items():
             for stage in STAGES:  # in a process of its own
@@ -240,13 +240,6 @@ class _Costs:
     def _stored(self, lost: int) -> float:
         """Bytes of a stage's checkpoint."""
         return float(stored_bytes(self.config, self.recipe.model.dtype, lost))
-
-    def _body_bytes(self) -> float:
-        """Of the checkpoint of KV-only blocks."""
-        width = body_width(self.config, quantized="quantization_config" in self.config)
-        config = self.config if width is None else {**self.config, "intermediate_size": width}
-        others = max(0, self.sizes.blocks - self.recipe.healing.kv_only_blocks)
-        return float(stored_bytes(config, self.recipe.model.dtype, others))
 
     def _healed(self) -> float:
         """Bytes of the tensors that differ from the model's, of one stage.

@@ -15,6 +15,7 @@ from pdtrim_deploy.local.paths import resolved
 from pdtrim_deploy.serving import commands, probe
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.memory import require_memory
+from pdtrim_deploy.serving.ports import free_ports, is_free
 from pdtrim_deploy.serving.process import ServerProcess, stop_all
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 
@@ -167,7 +168,10 @@ class Cluster:
 
     def _start_router(self, deadline: float) -> None:
         assert self._temporary is not None
-        python = self.environment.python
+        python, router = self.environment.python, self.spec.router
+        if not is_free(router.metrics_port):  # a worker has taken it since: SGLang chooses further ports by itself
+            router = replace(router, metrics_port=free_ports(1, taken=frozenset({router.port}))[0])
+            self.spec = replace(self.spec, router=router)
         env = commands.router_environment(python, self._temporary)
         self._launch("router", commands.router_command(python, self.spec), env)
         self._probe_router(deadline)

@@ -115,12 +115,13 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_tail_costs_prefill_its_last_blocks_once_more() -> None:
-    """They are loaded as a model, with embeddings, as `serving.memory` counts them."""
+    """They are loaded as a model of narrow MLPs, with embeddings, as `serving.memory` counts them."""
     plain = Recipe.load(ROOT / "recipes" / "llama-3.1-8b-balanced.yaml").changed("test", "healing", kv_only_blocks=8)
     needs, tailed = (resources.needs(r) for r in (plain, plain.changed("test", "healing", kv_only_tail=128)))
     assert needs is not None
     assert tailed is not None
-    body = 2 * (8 * 218e6 + 1.05e9)  # 8 of 32 blocks, of 8.03e9 weights
+    block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 16 * 32)  # attention of 32 heads, of which 8 have K and V; MLP
+    body = 2 * (8 * block + 1.05e9)  # 8 of 32 blocks, of 8.03e9 weights
     assert tailed.serve - needs.serve == pytest.approx(body, rel=0.01)
     assert tailed.judge - needs.judge == pytest.approx((needs.judge - PROGRAM) / 2 * body / (2 * 8.03e9), rel=0.01)
     assert tailed.disk - needs.disk == pytest.approx(body, rel=0.01)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import socket
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,17 @@ class Recorded(Cluster):
 
 def requests(log):
     return [json.loads(line.removeprefix("asked ")) for line in log.read_text().splitlines() if line[:6] == "asked "]
+
+
+def test_a_metrics_port_that_was_taken_meanwhile_is_another(cluster):
+    starting = cluster()
+    port = starting.spec.router.metrics_port
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with starting as running:
+            assert running.spec.router.metrics_port not in {port, running.spec.router.port}
+            assert f"127.0.0.1:{port}/" not in running.spec.router.metrics_url
 
 
 def test_every_pair_and_the_router_generate_before_it_counts_as_serving(cluster):
