@@ -3,7 +3,8 @@
 `make bench-ttft`, on a machine that does nothing else. By `--model`, dequantised from a 4-bit file, in float32, KV
 native. All pairs are up at once and answer one request at a time, in turns: dense, and one for each of `--prefills`.
 Time does not depend on their weights, so they are fitted on little text. Predicted is the work of prefill's blocks
-(`prefill_share`). Committed rows of other models, prefills and prompts stay.
+(`prefill_share`). Committed rows of other models, prefills and prompts stay. Starts of the servers differ by more than
+the rounds of one: `--add` puts the rounds of this start to those of committed rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __results import HERE, commit, committed, write
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.loadtest import Scenario
-from pdtrim_deploy.loadtest.rounds import LEAST_ROUNDS
+from pdtrim_deploy.loadtest.rounds import LEAST_ROUNDS, Ratio
 from pdtrim_deploy.recipe import Recipe
 
 DENSE, FIGURE = "dense", "TTFT p50"
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of a pair in each round")
     parser.add_argument("--rounds", type=int, default=8, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="rounds to those of committed rows, as of a further start")
     options = parser.parse_args()
     options.prefills = options.prefills or PREFILLS[options.model]
     bundles = {name: bundle_of(options.model, name) for name in (DENSE, *options.prefills)}
@@ -55,15 +57,32 @@ def main() -> None:
                 "blocks": len(plan.kv_only_blocks),
                 "tail": plan.kv_only_tail,
             }
-            about |= {"dense_ms": dense_ms, "predicted": plan.prefill_share(int(prompt)), "commit": commit()}
+            about |= {
+                "starts": 1,
+                "dense_ms": dense_ms,
+                "predicted": plan.prefill_share(int(prompt)),
+                "commit": commit(),
+            }
             rows.append(row_of(ratio(FIGURE, name, DENSE, rounds), busy, **about))
             print(rows[-1])
     if options.rounds >= LEAST_ROUNDS:
         measured = {tuple(row[name] for name in KEY) for row in rows}
         older = committed(HERE / "results" / "ttft.json", options, ("requests", "rounds", "seed"))
-        rows += [row for row in older if tuple(row[name] for name in KEY) not in measured]
-        options.model = options.prefills = options.prompts = None
+        of_key = {tuple(row[name] for name in KEY): row for row in older}
+        if options.add:
+            rows = [_of_both(of_key.get(tuple(row[name] for name in KEY)), row) for row in rows]
+        rows += [row for key, row in of_key.items() if key not in measured]
+        options.model = options.prefills = options.prompts = options.add = None
         print(write("ttft", options, sorted(rows, key=_order)))
+
+
+def _of_both(older: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the rounds of an older one's starts too; dense's TTFT and the load are the newer one's."""
+    if older is None:
+        return row
+    rounds = Ratio.of(FIGURE, [*older["rounds"], *row["rounds"]])
+    commits = dict.fromkeys([*older["commit"].split(" + "), row["commit"]])
+    return row | rounds.model_dump() | {"starts": older["starts"] + 1, "commit": " + ".join(commits)}
 
 
 def _order(row: dict[str, Any]) -> tuple[int, int, int, int]:

@@ -45,6 +45,7 @@ def ttft(data: dict[str, Any] | None) -> str:
             f"the last {row['blocks']} blocks KV-only, tail of {row['tail']}",
             f"{row['predicted']:.2f}",
             ratio(row, "ratio", "low", "high"),
+            row["starts"],
             f"{row['dense_ms']:.0f}",
             row["load_average"],
         )
@@ -56,12 +57,14 @@ def ttft(data: dict[str, Any] | None) -> str:
         "prefill",
         "prefill's work",
         "TTFT over dense (95% interval)",
+        "starts",
         "dense, ms",
         "load average",
     )
     text = (
         f"float32, one request at a time, {options['rounds']} interleaved rounds of {options['requests']} requests a "
-        "pair, the pairs of a commit up at once; prefill's work: of the blocks' of the unpruned model, by arithmetic"
+        "pair in each start of the servers, the pairs of a start up at once; prefill's work: of the blocks' of the "
+        "unpruned model, by arithmetic"
     )
     used = commits(row["commit"] for row in data["rows"])
     return table(head, rows) + where(data["environment"], text, used, model="")
