@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from __built import built
@@ -25,7 +26,7 @@ from pdtrim_deploy.recipe import Recipe
 DENSE, FIGURE = "dense", "TTFT p50"
 OUT, UNITS = HERE.parent / "out" / "bench-ttft", HERE.parent / "recipes" / "units"
 UNIT_OF = {"SmolLM2-135M": "smollm2", "Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b"}
-PREFILLS = {"SmolLM2-135M": ("8/128", "10/128", "12/128", "10/64", "12/64"), "Qwen2.5-Coder-0.5B": ("8/64",)}
+PREFILLS = {"SmolLM2-135M": ("10/32", "10/64", "12/64"), "Qwen2.5-Coder-0.5B": ("8/64",)}
 KEY = ("model", "prompt", "blocks", "tail")
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     prefills = "blocks that make K and V alone / tokens of the tail; memory for a pair of workers each"
     parser.add_argument("--model", default=next(iter(PREFILLS)), choices=PREFILLS)
-    parser.add_argument("--prefills", nargs="+", metavar="BLOCKS/TAIL", help=prefills)
+    parser.add_argument("--prefills", nargs="+", type=_prefill, metavar="BLOCKS/TAIL", help=prefills)
     parser.add_argument("--prompts", type=int, nargs="+", default=[448, 1920], help="tokens")
     parser.add_argument("--requests", type=int, default=3, help="of a pair in each round")
     parser.add_argument("--rounds", type=int, default=8, help=f"fewer than {LEAST_ROUNDS} are a trial: nothing written")
@@ -74,6 +75,12 @@ def main() -> None:
         rows += [row for key, row in of_key.items() if key not in measured]
         options.model = options.prefills = options.prompts = options.add = None
         print(write("ttft", options, sorted(rows, key=_order)))
+
+
+def _prefill(name: str) -> str:
+    if re.fullmatch(r"[1-9]\d*/[1-9]\d*", name) is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is no BLOCKS/TAIL, such as 10/64")
+    return name
 
 
 def _of_both(older: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def ttft(data: dict[str, Any] | None) -> str:
         "pair in each start of the servers, the pairs of a start up at once; prefill's work: of the blocks' of the "
         "unpruned model, by arithmetic"
     )
-    used = commits(row["commit"] for row in data["rows"])
+    used = commits(name for row in data["rows"] for name in row["commit"].split(" + "))
     return table(head, rows) + where(data["environment"], text, used, model="")
 
 
