@@ -207,7 +207,10 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
             file = StateFile(training_file(context, stage), key)
             if stage == "prefill" and file.load() is None:
                 training_file(context, "decode").unlink(missing_ok=True)  # it is about another prefill's KV
-            trained = train(pair, stage, ids, section, context.note, file=file, folder=training_folder(context))
+            trained = train(
+                pair, stage, ids, section, context.note,
+                file=file, folder=training_folder(context), scratch=context.out / WORK,
+            )  # fmt: skip
             pair = trained.pair
             report["healing"][stage] = trained.report
     return pair, report

@@ -159,7 +159,7 @@ class _Costs:
         peaks, files, saved = [fitting], [disk], 0.0
         for training in trainings:
             peaks.append(changed + training.memory)
-            files.append(saved + 2 * training.files)  # the old one and the new
+            files.append(saved + 2 * training.files + training.kept)  # the old one and the new
             changed, saved = changed + training.left, saved + training.files + training.mapped
         # what was saved, or is mapped, goes after the cache has it
         files.append(saved + sum(training.left + training.mapped for training in trainings))

@@ -29,6 +29,7 @@ class TrainingCost:
         block_reads: blocks read from the checkpoint, where they come and go.
         mapped: bytes of files that trained weights lie in until the step ends, where they are not `left` in memory.
         mapped_reads: bytes read from such files of a stage that was trained before.
+        kept: bytes of files of hidden states, while it trains.
 
     """
 
@@ -39,6 +40,7 @@ class TrainingCost:
     block_reads: float = 0.0
     mapped: float = 0.0
     mapped_reads: float = 0.0
+    kept: float = 0.0
 
     def seconds(self, speed: float, minutes: float | None) -> float:
         """At `speed` operations a second, within the recipe's `minutes`."""
@@ -113,7 +115,9 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     trained += (prompts * blocks + tokens * reader if reader else tokens * blocks) if recomputes else 0
     if stage.tail:  # the dense model has run all else; gradients come through decode's last blocks alone
         trained = (3 if recomputes else 2) * tokens * stage.alone
-    flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + trained)
+    sequences = steps * healing.batch  # what the dense model makes of those that come again is kept
+    again = max(0.0, 1 - healing.sequences / sequences) if reader else 0.0
+    flops = 2 * sizes.active * ((1 - again) * (prompts + tokens) * sizes.blocks + trained)
     query, inner = heads * head, min(sizes.inner, 8 * sizes.expert_width)
     weights = _changed(sizes, stage.blocks, stage.alone, stage.tail)
     added = _additions(healing.lora_rank, sizes, query) * stage.blocks
@@ -135,7 +139,7 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     running += (3 if reader else 2) * item * sizes.block if streams else 0
     # the dense model, the stage, the stage again for its gradients, and prefill where decode reads its KV
     runs = 2 * (blocks + reader) if reader else (3 if prompts else 2) * blocks
-    reads = (steps + trials) * (sizes.blocks + runs) if streams else 0
+    reads = (steps + trials) * ((1 - again) * sizes.blocks + runs) if streams else 0
     logits = min(_LOGITS, 6 * _FLOAT * tokens * sizes.vocabulary)
     return TrainingCost(
         flops=flops * (steps + trials),
@@ -145,6 +149,7 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
         block_reads=float(reads),
         mapped=float(item * weights) if streams else 0.0,
         mapped_reads=float(item * stage.healed * (steps + trials)) if streams else 0.0,
+        kept=float(item * sizes.hidden * healing.sequences * (sum(stage.text) + stage.text[1])) if again else 0.0,
     )
 
 

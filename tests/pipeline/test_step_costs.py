@@ -138,6 +138,20 @@ def test_with_a_tail_a_block_that_is_run_again_is_there_as_a_whole_and_its_promp
     assert kept.memory - again.memory == (3 * prompts - others) * state
 
 
+def test_text_that_training_reads_again_is_kept_in_files_and_not_run_again() -> None:
+    config = json.loads((Path(__file__).parents[2] / "recipes" / "facts" / "smollm2-135m.json").read_text())
+    healing = {"kv_only_blocks": 1, "kv_only_tail": 128, "sweep": [1.0], "sequences": 16, "length": 768, "batch": 2}
+    recipe = Recipe(name="r", model={"source": "pypi:x"}, healing=healing)
+    recipes = [recipe.changed("t", "healing", prefill_steps=steps) for steps in (8, 16)]
+    (once,), (again,) = (training_costs(r, config) for r in recipes)
+    state, sizes = 4 * config["hidden_size"], ModelSizes.of(config)
+    assert (once.kept, again.kept) == (0, 16 * state * (768 + 256))
+    learning = once.flops - 2 * sizes.active * 16 * 768 * sizes.blocks
+    assert again.flops - once.flops == pytest.approx(learning), "the dense model runs 16 texts in both"
+    disk = [step_costs(r, config, Compute())["heal"].disk for r in recipes]
+    assert disk[1] - disk[0] == again.kept
+
+
 def test_memory_of_additions_of_low_rank_to_streamed_blocks(
     tmp_path: Path, tiny_model: Callable[..., Path], text: Path
 ) -> None:

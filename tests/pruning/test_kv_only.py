@@ -13,7 +13,8 @@ from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import WithoutMLP
 from pdtrim_deploy.pruning.compensation import get_compensation
-from pdtrim_deploy.pruning.healing import heal
+from pdtrim_deploy.pruning.healing import frozen_states, heal
+from pdtrim_deploy.pruning.healing.frozen_states import FrozenStates
 from pdtrim_deploy.pruning.healing.learnt import learns, learnt, trained_model
 from pdtrim_deploy.pruning.healing.losses import LogitLoss
 from pdtrim_deploy.pruning.healing.pair_reader import PairReader
@@ -251,6 +252,65 @@ def test_layers_that_all_share_are_run_once_with_the_same_gradients(lost, shared
         torch.testing.assert_close(plain, once)
     again = PairReader(pair, trained_model(pair, "prefill"), 14, judged_from=5).divergences(ids, 2)
     torch.testing.assert_close(more, again, rtol=1e-5, atol=1e-8)
+
+
+def count_runs(model, ran):
+    return model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+
+
+def test_text_that_is_read_again_is_not_run_again_by_the_dense_model(tmp_path):
+    ids = text(4, 24)
+    pair, ran = fit_kv_only(pair_of(tiny("Qwen3"), (), ()), {2, 3, 4}, ids, tail=5), list[int]()
+    model = trained_model(pair, "prefill")
+    reader = PairReader(pair, model, 14, judged_from=5, shared=2, folder=tmp_path)
+    plain = PairReader(pair, model, 14, judged_from=5, shared=2)
+    hidden, dense = plain.hidden(ids), plain.dense_hidden(ids)
+    hook = count_runs(reader.dense, ran)
+    for rows, runs in (([0, 1], 2), ([1, 0], 2), ([2, 1], 3), ([3], 4), ([0, 1, 2, 3], 4)):
+        part = ids[rows]
+        torch.testing.assert_close(reader.hidden(part), hidden[rows])
+        torch.testing.assert_close(reader.dense_hidden(part), dense[rows])
+        assert len(ran) == runs, "a text that came before, beside others, is known"
+    hook.remove()
+    assert not any(tmp_path.iterdir()), "files go with the process"
+
+
+def test_states_of_a_text_do_not_depend_on_the_texts_beside_it(tmp_path):
+    """So training that goes on in another process, which knows no text yet, gives the same weights."""
+    ids = text(4, 24)
+    dense = Blockwise(tiny("Llama"))
+    first, later = (FrozenStates(dense, 2, 18, tmp_path) for _ in range(2))
+    first.shared(ids[:3])
+    assert torch.equal(first.shared(ids[1:]), later.shared(ids[1:]))
+
+
+def test_a_full_disk_costs_time_alone(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    ids, ran, dense = text(2, 24), list[int](), Blockwise(tiny("Llama"))
+    states, plain = FrozenStates(dense, 2, 18, tmp_path), FrozenStates(dense, 2, 18).judged(ids)
+    monkeypatch.setattr(frozen_states, "mapped", full)
+    hook = count_runs(dense, ran)
+    for _ in range(2):
+        torch.testing.assert_close(states.judged(ids.clone()), plain)
+    hook.remove()
+    assert len(ran) == 2 * len(ids), "run again, a text at a time"
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(2, False), (3, True)])
+def test_states_are_kept_only_of_text_that_comes_twice(steps, kept, tmp_path, monkeypatch):
+    """24 sequences, of which 18 are trained on."""
+    ids, files = text(24, 24), list[object]()
+    monkeypatch.setattr(frozen_states, "mapped", lambda tensor, folder: files.append(folder) or tensor)
+    pair = fit_kv_only(pair_of(tiny("Llama"), (), ()), {3, 4}, ids, tail=5)
+    section = HealingSection(kv_only_blocks=2, kv_only_tail=5, prefill_steps=steps, sweep=(1.0,), batch=9)
+    with_files = heal(pair, "prefill", ids, section, scratch=tmp_path)
+    assert files == [tmp_path] * 18 * kept
+    without = heal(pair, "prefill", ids, section)
+    for block, tensors in without.pair.changed["prefill"].items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(with_files.pair.changed["prefill"][block][name], tensor)
 
 
 def test_gradients_are_the_same_with_layers_run_again():

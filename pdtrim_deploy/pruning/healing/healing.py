@@ -69,6 +69,7 @@ def heal(
     file: StateFile | None = None,
     clock: Callable[[], float] = monotonic,
     folder: Path | None = None,
+    scratch: Path | None = None,
 ) -> Healed:
     """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
 
@@ -77,7 +78,7 @@ def heal(
 
     With a `folder` the memory is bounded: what additions of low rank are merged into lies in mapped files there, and
     layers are run again for their gradients, so of a streamed model no more than two blocks are there at a time beside
-    those that it may keep.
+    those that it may keep. In `scratch` lie states of text that training of KV-only prefill reads more than once.
 
     Raises:
         UserError: peft is wanted and not installed; a loss that is not a number; a full disk.
@@ -97,7 +98,9 @@ def heal(
         else FullWeights(model, layers, names)
     )
     recomputes = section.gradient_checkpointing or folder is not None
-    reader = _reader(pair, stage, ids, section, prompt_kv, model, recomputes)
+    if steps * section.batch <= len(text.fit):
+        scratch = None  # no sequence comes twice
+    reader = _reader(pair, stage, ids, section, prompt_kv, model, recomputes, scratch)
     learns = [bool(of_layer) and pair.adds(stage, block) for of_layer, block in zip(names, layers, strict=True)]
     if not any(learns):  # K and V alone, which change no hidden state: all steps are for logits
         section = section.model_copy(update={"regression": 0.0})
@@ -136,6 +139,7 @@ def _reader(
     prompt_kv: PromptKV | None,
     model: CausalLM | None = None,
     recomputes: bool = False,
+    scratch: Path | None = None,
 ) -> Reader:
     """Of `model`, by default the stage as `pair` has it: with the weights that would be written."""
     model = model or trained_model(pair, stage)
@@ -144,5 +148,5 @@ def _reader(
         learns = 0 if pair.plan.kv_only_tail else 1  # of the layers that both stages share, the last
         shared = max(0, pair.shared_layers - learns)
         prompt, judged_from = section.trained_prompt(length), section.judged_from(length)
-        return PairReader(pair, model, prompt, recomputes, judged_from, shared)
+        return PairReader(pair, model, prompt, recomputes, judged_from, shared, scratch)
     return StageReader(pair, stage, model, prompt_kv, recomputes)

@@ -7,13 +7,15 @@ behind that KV, and gradients come back through it to prefill.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
-from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.pd_run import PDRun
+from pdtrim_deploy.pruning.healing.frozen_states import FrozenStates
 from pdtrim_deploy.pruning.healing.reader import Reader
 from pdtrim_deploy.pruning.pair import StagePair
 
@@ -28,6 +30,7 @@ class PairReader(Reader):
         recomputes: as in `StageReader`; of prefill's layers and of those that read their KV.
         shared: how many of the first layers are the dense model's in both stages, and do not learn: text goes through
             them once.
+        folder: of what they make of text that is read again, as in `FrozenStates`.
 
     """
 
@@ -39,10 +42,10 @@ class PairReader(Reader):
         recomputes: bool = False,
         judged_from: int = 0,
         shared: int = 0,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(pair.model, model)
-        self._shared = shared
-        self._read: tuple[Tensor, LayerRun] | None = None
+        self._shared, self._frozen = shared, FrozenStates(self.dense, shared, prompt - 1 + judged_from, folder)
         self._decode, self._sources, self._prompt = Blockwise(pair.stage("decode")), pair.plan.kv_sources, prompt
         self._adds = [pair.adds("prefill", block) for block in pair.plan.prefill_layers]
         self._recomputes, self._judged_from = recomputes, judged_from
@@ -51,7 +54,7 @@ class PairReader(Reader):
         """As in `Reader`: `[batch, T - prompt - judged_from, hidden]`, to the last token but one."""
         run = PDRun(self.runner, self._decode, self._sources, [ids], self._prompt)
         if self._shared:
-            (states,) = self._behind_shared(ids).states
+            states = self._frozen.shared(ids)
             for part, rows in ((run.prefill, slice(self._prompt)), (run.decode, slice(self._prompt, None))):
                 part.states, part.layer = [states[:, rows]], self._shared
         while run.prefill.running:
@@ -59,21 +62,9 @@ class PairReader(Reader):
         prompt, more = _states(run)
         return torch.cat((prompt[:, -1:], more.to(prompt.device)), dim=1)[:, self._judged_from :]
 
-    @torch.no_grad()
     def dense_hidden(self, ids: Tensor) -> Tensor:
         """As in `Reader`."""
-        (hidden,) = self._behind_shared(ids).finish()
-        return hidden[:, self._prompt - 1 + self._judged_from :]
-
-    @torch.no_grad()
-    def _behind_shared(self, ids: Tensor) -> LayerRun:
-        """The dense model's run of text, behind the layers that all share: once for the text of the last call."""
-        if self._read is None or self._read[0] is not ids:
-            run = LayerRun(self.dense, [ids[:, :-1]])
-            while run.layer < self._shared:
-                run.advance()
-            self._read = ids, run
-        return self._read[1].fork()
+        return self._frozen.judged(ids)
 
     def _advanced(self, run: PDRun) -> PDRun:
         """`run` past prefill's next layer."""
