@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from __built import built as bundle_in
+from __former_units import TRAINED_10, TRAINED_12
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.recipe import Recipe
@@ -23,12 +24,11 @@ _BLOCKS = {
 }
 
 
+_TRAINED_ON = "calibration/mixed-code-agents.yaml"
 _TAILED = {
-    blocks: {
-        "kv": {"method": "none"},
-        "include": ["calibration/mixed-code-agents.yaml", f"healing/kv-only-{blocks}-tail.yaml"],
-    }
-    for blocks in (10, 12)
+    "KV-only prefill, tail": {"include": [_TRAINED_ON], "healing": TRAINED_10},
+    "KV-only prefill, tail of 32": {"include": [_TRAINED_ON, "healing/kv-only-10-tail.yaml"]},
+    "KV-only prefill, 12 blocks, tail of 64": {"include": [_TRAINED_ON], "healing": TRAINED_12},
 }
 
 
@@ -58,12 +58,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "budget 8x": _budget(8.0),
     "blocks": {"kv": {"method": "none"}} | _BLOCKS,
     "blocks, budget 4.95x": _budget(4.95) | _BLOCKS,
-    "KV-only prefill, tail": _TAILED[10],
-    "KV-only prefill, 12 blocks, tail of 64": _TAILED[12],
+    **{name: {"kv": {"method": "none"}} | sections for name, sections in _TAILED.items()},
 }
 """Sections of each plan's recipe. 4 + 334 rows of 448 in int4 are as many bytes as 4.95x leaves."""
-ONLY = dict.fromkeys(("KV-only prefill, tail", "KV-only prefill, 12 blocks, tail of 64"), "SmolLM2-135M")
-"""Plans whose weights are trained, of one model alone: each took 43 to 46 minutes of one core."""
+ONLY = dict.fromkeys(_TAILED, "SmolLM2-135M")
+"""Plans whose weights are trained, of one model alone: each takes most of an hour of one core."""
 
 
 MIXED = {"include": ["calibration/mixed.yaml"]}

@@ -4,8 +4,8 @@
 likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits. Values of every question are
 written down as they come (out/bench-quality), and the benchmark goes on from there: `--models`, `--plans`, `--parts`
 and `--items` choose what a run does, the table has all that was ever measured of the same texts. A row names its own
-commit and machine; rows of several commits are not paired. "KV-only prefill, tail" is units/healing/kv-only-10-tail,
-"KV-only prefill, 12 blocks, tail of 64" kv-only-12-tail.
+commit and machine; rows of several commits are not paired. "KV-only prefill, tail of 32" is
+units/healing/kv-only-10-tail; the other two with a tail are former units (128 tokens, and 12 blocks).
 """
 
 from __future__ import annotations

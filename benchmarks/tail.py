@@ -16,6 +16,7 @@ import shutil
 from typing import Any
 
 from __built import built
+from __former_units import TRAINED_10, TRAINED_12
 from __notes import timed_notes
 from __results import HERE, commit, committed, write
 
@@ -43,9 +44,10 @@ _FITTED = {"kv_only_tail": 128, "sequences": 64}
 PREFILLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "the last 8, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 8}),
     "the last 10, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 10}),
-    "the last 10, trained": (SMOLLM2, (*_TRAINED, "healing/kv-only-10-tail"), {}),
+    "the last 10, trained": (SMOLLM2, _TRAINED, TRAINED_10),
+    "the last 10, trained longer": (SMOLLM2, (*_TRAINED, "healing/kv-only-10-tail"), {}),
     "the last 12, fitted": (SMOLLM2, _MIXED, _FITTED | {"kv_only_blocks": 12}),
-    "the last 12, trained": (SMOLLM2, (*_TRAINED, "healing/kv-only-12-tail"), {}),
+    "the last 12, trained": (SMOLLM2, _TRAINED, TRAINED_12),
     "the last 6, fitted": (CODER, _CODER, _FITTED | {"kv_only_blocks": 6}),
     "the last 8 of 24, fitted": (CODER, _CODER, _FITTED | {"kv_only_blocks": 8}),
 }
