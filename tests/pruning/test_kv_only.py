@@ -14,7 +14,6 @@ from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import WithoutMLP
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import frozen_states, heal
-from pdtrim_deploy.pruning.healing.frozen_states import FrozenStates
 from pdtrim_deploy.pruning.healing.learnt import learns, learnt, trained_model
 from pdtrim_deploy.pruning.healing.losses import LogitLoss
 from pdtrim_deploy.pruning.healing.pair_reader import PairReader
@@ -273,29 +272,6 @@ def test_text_that_is_read_again_is_not_run_again_by_the_dense_model(tmp_path):
         assert len(ran) == runs, "a text that came before, beside others, is known"
     hook.remove()
     assert not any(tmp_path.iterdir()), "files go with the process"
-
-
-def test_states_of_a_text_do_not_depend_on_the_texts_beside_it(tmp_path):
-    """So training that goes on in another process, which knows no text yet, gives the same weights."""
-    ids = text(4, 24)
-    dense = Blockwise(tiny("Llama"))
-    first, later = (FrozenStates(dense, 2, 18, tmp_path) for _ in range(2))
-    first.shared(ids[:3])
-    assert torch.equal(first.shared(ids[1:]), later.shared(ids[1:]))
-
-
-def test_a_full_disk_costs_time_alone(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    ids, ran, dense = text(2, 24), list[int](), Blockwise(tiny("Llama"))
-    states, plain = FrozenStates(dense, 2, 18, tmp_path), FrozenStates(dense, 2, 18).judged(ids)
-    monkeypatch.setattr(frozen_states, "mapped", full)
-    hook = count_runs(dense, ran)
-    for _ in range(2):
-        torch.testing.assert_close(states.judged(ids.clone()), plain)
-    hook.remove()
-    assert len(ran) == 2 * len(ids), "run again, a text at a time"
 
 
 @pytest.mark.parametrize(("steps", "kept"), [(2, False), (3, True)])

@@ -186,7 +186,7 @@ def test_wire_dtypes_of_several_models_and_texts_with_keys_in_each_form(tool):
     right |= {"6 of 24 blocks K and V alone in prefill, tail of 64 tokens": [1, 1, 0]}
     answers = [{"plan": plan, "task": "humaneval", "right": values} for plan, values in right.items()]
     sources["generated"] = {"rows": [*answers, {"plan": "uniform int4", "task": "gsm8k", "right": [1]}]}
-    judged = {"uniform int4": 1.002, "uniform k4v3": 1.006, "KV-only prefill, tail": 1.03}
+    judged = {"uniform int4": 1.002, "uniform k4v3": 1.006, "KV-only prefill, tail of 32": 1.03}
     sources["quality"] = {
         "options": {"prompt": 448},
         "rows": [

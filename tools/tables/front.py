@@ -15,7 +15,7 @@ Data = dict[str, Any]
 
 
 _TIMED, _SMOLLM2 = ("model", "blocks", "tail"), "SmolLM2-135M"
-_LAST_BLOCKS, _LAST, _TAIL = 10, "the last 10, trained", 128  # units/healing/kv-only-10-tail.yaml
+_LAST_BLOCKS, _LAST, _TAIL = 10, "the last 10, trained longer", 32  # units/healing/kv-only-10-tail.yaml
 _KINDS = {"prose": "prose", "dialogue": "agents' conversations", "code": "code"}
 _BUDGET_KINDS = ("brown", "code", "agents")
 _UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
@@ -84,7 +84,7 @@ def _tail(tail: Data, ttft: Data, quality: Data, generated: Data) -> tuple[str, 
         rows, dense = ours[prompt]
         loss = f"{of_all(rows, dense)} on the mean of four kinds of text"
         if prompt == quality["options"]["prompt"]:  # there it was judged on more text
-            loss = _by_kind(quality, "KV-only prefill, tail")
+            loss = _by_kind(quality, f"KV-only prefill, tail of {_TAIL}")
         recall = f"{_right(rows)} of {len(rows['needle']['right'])} facts hidden in a prompt were found"
         costs.append(f"after {prompt:,} prompt tokens {loss}, and {recall} (dense {_right(dense)})")
     return (
